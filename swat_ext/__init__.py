@@ -1,0 +1,1 @@
+"""Sparse training with real kernels: SWAT's sparse weights and sparse activations for PyTorch, faster and smaller as measured."""

@@ -1,0 +1,404 @@
+"""Sparse convolution and linear as pure functions, for anyone's own layer and for tests.
+
+Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved for the
+gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969, section 2): the
+input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
+"""
+
+import math
+from decimal import ROUND_CEILING, Decimal
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swat_ext.ops import convolution_size
+
+__all__ = [
+    "Packed",
+    "compress",
+    "conv2d",
+    "conv2d_packed",
+    "decompress",
+    "keep_count",
+    "kth_magnitude",
+    "linear",
+    "linear_input_view",
+    "linear_packed",
+]
+
+_DTYPES = (torch.float32, torch.float64)
+_CONVOLUTIONS = {"sparse": "conv2d", "dense": "masked_conv2d"}
+
+IntPair = int | tuple[int, int] | list[int]
+
+
+class Packed(NamedTuple):
+    """A tensor with most elements dropped.
+
+    Attributes:
+        values: ``[kept]``, the kept elements in logical row-major order.
+        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept elements before each 1024.
+        size: shape of the dense tensor.
+    """
+
+    values: Tensor
+    mask: Tensor
+    size: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by ``values`` and ``mask``."""
+        return self.values.nbytes + self.mask.nbytes
+
+
+def keep_count(numel: int, sparsity: float) -> int:
+    """Elements kept of ``numel`` at ``sparsity``: ``ceil((1 - sparsity) * numel)`` (spec: "Selection").
+
+    ``sparsity`` is taken as the decimal number that it prints as, so that 0.9 of 1000 keeps 100 and not 101.
+
+    Raises:
+        ValueError: ``sparsity`` is not in [0, 1), or ``numel`` is negative.
+    """
+    if not (isinstance(sparsity, (int, float)) and 0 <= sparsity < 1):
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
+    if numel < 0:
+        raise ValueError(f"numel: expected at least 0, got {numel}")
+    return int(((1 - Decimal(repr(float(sparsity)))) * numel).to_integral_value(ROUND_CEILING))
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected dtype float32 or float64, got {tensor.dtype}")
+    if tensor.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{name}: expected a CPU tensor, got device {tensor.device}; this version of swat_ext has CPU kernels alone"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    _check_tensor(name, tensor)
+    if tensor.dtype != reference.dtype:
+        raise TypeError(f"{name}: expected dtype {reference.dtype}, that of {reference_name}, got {tensor.dtype}")
+    if tensor.device != reference.device:
+        raise ValueError(f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}")
+
+
+def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
+    """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
+    if isinstance(threshold, Tensor):
+        if threshold.numel() != 1 or threshold.is_complex():
+            raise ValueError(f"{name}: expected one real number, got a tensor of shape {tuple(threshold.shape)}")
+        return threshold.detach().reshape(()).to(dtype=like.dtype, device=like.device)
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(threshold).__name__}")
+    if threshold < 0:
+        raise ValueError(f"{name}: expected at least 0, got {threshold}")
+    return torch.full((), threshold, dtype=like.dtype, device=like.device)
+
+
+def _pair(name: str, value: IntPair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) == 1:
+        pair = pair * 2
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one or two integers, got {value!r}")
+    for item in pair:
+        if isinstance(item, (bool, float)):
+            raise TypeError(f"{name}: expected integers, got {value!r}")
+        if item < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return pair
+
+
+def _padding(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """Padding as ``[top, bottom, left, right]``."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if padding != "same":
+            raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
+        if stride != [1, 1]:
+            raise ValueError(f"padding: 'same' needs stride 1, got stride {tuple(stride)}")
+        total = [dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
+        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
+    rows, columns = _pair("padding", padding, 0)
+    return [rows, rows, columns, columns]
+
+
+def _prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """PyTorch's rule for a convolution's output layout: channels_last if either argument is that and not also contiguous."""
+    return any(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous() for tensor in (input, weight)
+    )
+
+
+def kth_magnitude(input: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest ``|input|``, exactly, in linear time (spec: "Selection").
+
+    Args:
+        input: float32 or float64, any shape and strides. NaN counts as larger than infinity.
+        k: from 1 to ``input.numel()``.
+
+    Returns:
+        0-dim tensor of ``input``'s dtype.
+
+    Raises:
+        TypeError: wrong type or dtype. ValueError: ``k`` out of range.
+    """
+    _check_tensor("input", input)
+    if not 1 <= k <= input.numel():
+        raise ValueError(f"k: expected from 1 to input.numel() = {input.numel()}, got {k}")
+    return torch.ops.swat_ext.kth_magnitude(input.detach(), k)
+
+
+def compress(input: Tensor, threshold: float | Tensor) -> Packed:
+    """Pack the elements of ``input`` that are not below ``threshold`` in magnitude and not exactly zero.
+
+    Args:
+        input: float32 or float64, any shape and strides.
+        threshold: float or 0-dim tensor, at least 0. NaN and infinite elements are always kept.
+
+    Returns:
+        :class:`Packed`, without gradient.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype or threshold.
+    """
+    _check_tensor("input", input)
+    return Packed(
+        *torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape
+    )
+
+
+def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
+    """The dense tensor of ``packed``, dropped elements zero; ``channels_last`` asks for that layout (4-D only)."""
+    if channels_last and len(packed.size) != 4:
+        raise ValueError(f"channels_last: expected a 4-D packed tensor, got size {tuple(packed.size)}")
+    return torch.ops.swat_ext.decompress(packed.values, packed.mask, packed.size, channels_last)
+
+
+def conv2d_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Packed,
+    packed_input: Packed | None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    backend: Literal["sparse", "dense"] = "sparse",
+) -> Tensor:
+    """Convolution whose weight, and input for the backward pass, are already packed.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[O, C / groups, kh, kw]``: receives the gradient; what multiplies is ``packed_weight``.
+        bias: ``[O]`` or None.
+        packed_weight: ``weight``, packed.
+        packed_input: ``input``, packed, batched or not; None saves nothing, and the gradient of ``weight`` then raises.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        backend: "sparse" for this library's kernels, "dense" for PyTorch's on tensors unpacked for the moment.
+
+    Returns:
+        ``[N, O, H', W']`` or ``[O, H', W']``, channels_last where PyTorch's convolution would be.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
+    """
+    if backend not in _CONVOLUTIONS:
+        raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
+    _check_tensor("input", input)
+    _check_like("weight", weight, "input", input)
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected 4 dimensions [O, C / groups, kh, kw], got shape {tuple(weight.shape)}")
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
+    if input.dim() == 3:
+        batched = None if packed_input is None else packed_input._replace(size=torch.Size((1, *input.shape)))
+        return conv2d_packed(
+            input.unsqueeze(0), weight, bias, packed_weight, batched, stride, padding, dilation, groups, backend=backend
+        ).squeeze(0)
+
+    out_channels, group_channels, *kernel = weight.shape
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups: expected an integer of at least 1, got {groups!r}")
+    if input.shape[1] != group_channels * groups:
+        raise ValueError(
+            f"input: expected {group_channels * groups} channels (weight.shape[1] * groups), got {input.shape[1]} "
+            f"in shape {tuple(input.shape)}"
+        )
+    if out_channels % groups:
+        raise ValueError(f"weight: expected output channels divisible by groups = {groups}, got {out_channels}")
+    if min(kernel) < 1:
+        raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        _check_like("bias", bias, "input", input)
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
+    strides = _pair("stride", stride, 1)
+    dilations = _pair("dilation", dilation, 1)
+    paddings = _padding(padding, kernel, strides, dilations)
+    for axis, size in enumerate(convolution_size(input.shape, weight.shape, strides, paddings, dilations)[2:]):
+        if size < 1:
+            padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
+            raise ValueError(
+                f"input: expected a padded {('height', 'width')[axis]} of at least "
+                f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
+            )
+    for name, packed, size in (("packed_weight", packed_weight, weight.shape), ("packed_input", packed_input, input.shape)):
+        if packed is not None and packed.size != size:
+            raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
+    return getattr(torch.ops.swat_ext, _CONVOLUTIONS[backend])(
+        input,
+        weight,
+        bias,
+        packed_weight.values,
+        packed_weight.mask,
+        None if packed_input is None else packed_input.values,
+        None if packed_input is None else packed_input.mask,
+        strides,
+        paddings,
+        dilations,
+        groups,
+        _prefers_channels_last(input, weight),
+    )
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    weight_threshold: float | Tensor,
+    activation_threshold: float | Tensor,
+) -> Tensor:
+    """SWAT's convolution (paper, algorithm 1; spec: "One layer").
+
+    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed, never the dense
+    input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and is dense.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, float32 or float64, any strides, any batch size from 0.
+        weight: ``[O, C / groups, kh, kw]``, same dtype.
+        bias: ``[O]`` or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding may be 'same' or 'valid'.
+        weight_threshold: float or 0-dim tensor; weights with ``|w|`` below it are dropped; 0 is exactly dense.
+        activation_threshold: the same for the input of the weight gradient.
+
+    Returns:
+        ``[N, O, H', W']`` or ``[O, H', W']``, channels_last where PyTorch's convolution would be.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named. Second derivatives raise
+        NotImplementedError.
+    """
+    _check_tensor("input", input)
+    _check_tensor("weight", weight)
+    packed_input = None
+    if torch.is_grad_enabled() and weight.requires_grad:
+        packed_input = Packed(*_compress("activation_threshold", input, activation_threshold), input.shape)
+    else:
+        _threshold("activation_threshold", activation_threshold, input)
+    packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
+    return conv2d_packed(input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups)
+
+
+def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.swat_ext.compress(tensor.detach(), _threshold(name, threshold, tensor))
+
+
+def linear_input_view(input: Tensor) -> Tensor:
+    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
+    rows = input.numel() // input.shape[-1] if input.shape[-1] else math.prod(input.shape[:-1])
+    return input.reshape(1, 1, rows, input.shape[-1]).permute(0, 3, 1, 2)
+
+
+def linear_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Packed,
+    packed_input: Packed | None,
+    *,
+    backend: Literal["sparse", "dense"] = "sparse",
+) -> Tensor:
+    """Linear layer whose weight, and input for the backward pass, are already packed.
+
+    Args:
+        input: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``: receives the gradient; what multiplies is ``packed_weight``.
+        bias: ``[out_features]`` or None.
+        packed_weight: ``weight``, packed.
+        packed_input: ``linear_input_view(input)``, packed; None saves nothing.
+        backend: as in :func:`conv2d_packed`.
+
+    Returns:
+        ``[..., out_features]``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
+    """
+    _check_linear(input, weight)
+    size = torch.Size((*weight.shape, 1, 1))
+    output = conv2d_packed(
+        linear_input_view(input),
+        weight[:, :, None, None],
+        bias,
+        packed_weight._replace(size=size),
+        packed_input,
+        backend=backend,
+    )
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _check_linear(input: Tensor, weight: Tensor) -> None:
+    _check_tensor("input", input)
+    _check_like("weight", weight, "input", input)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input: expected a last dimension of {weight.shape[1]}, got shape {tuple(input.shape)}")
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_threshold: float | Tensor,
+    activation_threshold: float | Tensor,
+) -> Tensor:
+    """SWAT's linear layer: ``input @ top(weight).T + bias``; see :func:`conv2d` for what is saved and the gradients.
+
+    Args:
+        input: ``[..., in_features]``, float32 or float64.
+        weight: ``[out_features, in_features]``, same dtype.
+        bias: ``[out_features]`` or None.
+        weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense.
+
+    Returns:
+        ``[..., out_features]``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
+    """
+    _check_linear(input, weight)
+    packed_input = None
+    if torch.is_grad_enabled() and weight.requires_grad:
+        view = linear_input_view(input)
+        packed_input = Packed(*_compress("activation_threshold", view, activation_threshold), view.shape)
+    else:
+        _threshold("activation_threshold", activation_threshold, input)
+    packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
+    return linear_packed(input, weight, bias, packed_weight, packed_input)

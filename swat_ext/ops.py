@@ -1,0 +1,331 @@
+"""What PyTorch's compiler and autograd need to know of the operators in ``torch.ops.swat_ext``.
+
+The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their gradient, so that
+they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two operators are written here because they are pure
+composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold upkeep and compression).
+
+A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64: one bit an
+element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before them).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+
+__all__ = ["REFRESH_SLACK", "convolution_size", "mask_words"]
+
+_BITS_PER_WORD = 64
+_BITS_PER_BLOCK = 1024
+
+# A stale threshold may let this many times its budget pass before it is selected again at once.
+REFRESH_SLACK = 1.25
+_REFRESH_FLOOR = 64
+
+# Fields of a layer's clock, an int64 tensor on the CPU; slot i's last selection is at field _SELECTED + i.
+CLOCK_STEPS, CLOCK_VERSION, CLOCK_POINTER, CLOCK_SELECTED = 0, 1, 2, 4
+CLOCK_SIZE = 8
+
+
+def mask_words(numel: int) -> int:
+    """Number of int64 elements in the mask of a packed tensor of ``numel`` elements."""
+    return -(-numel // _BITS_PER_WORD) + -(-numel // _BITS_PER_BLOCK)
+
+
+def convolution_size(
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Size ``[N, O, H', W']`` of a convolution's output; ``padding`` is ``(top, bottom, left, right)``."""
+    size = [input_size[0], weight_size[0]]
+    for axis in range(2):
+        padded = input_size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        size.append((padded - dilation[axis] * (weight_size[2 + axis] - 1) - 1) // stride[axis] + 1)
+    return size
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_memory_format(channels_last))
+
+
+@torch.library.register_fake("swat_ext::kth_magnitude")
+def _(input: Tensor, k: int) -> Tensor:
+    return input.new_empty(())
+
+
+@torch.library.register_fake("swat_ext::compress")
+def _(input: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return input.new_empty([kept]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
+
+
+@torch.library.register_fake("swat_ext::decompress")
+def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    return _empty(values, size, channels_last)
+
+
+def _fake_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    input_values: Tensor | None,
+    input_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    return _empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
+
+
+torch.library.register_fake("swat_ext::conv2d", _fake_conv2d)
+
+
+@torch.library.register_fake("swat_ext::conv2d_input_grad")
+def _fake_input_grad(
+    grad_output: Tensor,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    return _empty(grad_output, input_size, channels_last)
+
+
+@torch.library.register_fake("swat_ext::conv2d_weight_grad")
+def _fake_weight_grad(
+    grad_output: Tensor,
+    input_values: Tensor,
+    input_mask: Tensor,
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return _empty(grad_output, weight_size, False)
+
+
+# --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call ---------------------------
+
+
+def _padded(input: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Input and symmetric padding for a convolution whose padding may differ between the two ends of an axis."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return input, [top, left]
+    return torch.nn.functional.pad(input, (left, right, top, bottom)), [0, 0]
+
+
+@torch.library.custom_op("swat_ext::masked_conv2d", mutates_args=())
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    input_values: Tensor | None,
+    input_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """``conv2d`` by ``torch.convolution`` on the unpacked weight; arguments and result as ``swat_ext::conv2d``."""
+    dense = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight.shape, channels_last)
+    padded, symmetric = _padded(input, padding)
+    output = torch.convolution(padded, dense, bias, stride, symmetric, dilation, False, [0, 0], groups)
+    return output.contiguous(memory_format=_memory_format(channels_last))
+
+
+masked_conv2d.register_fake(_fake_conv2d)
+
+
+@torch.library.custom_op("swat_ext::masked_conv2d_input_grad", mutates_args=())
+def masked_conv2d_input_grad(
+    grad_output: Tensor,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """``conv2d_input_grad`` by PyTorch's own backward convolution; arguments and result as ``swat_ext::conv2d_input_grad``."""
+    weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
+    top, bottom, left, right = padding
+    batch, channels, height, width = input_size
+    symmetric = [top, left] if (top, left) == (bottom, right) else [0, 0]
+    if symmetric != [top, left]:
+        height, width = height + top + bottom, width + left + right
+    elif (top, left) == (0, 0) == (bottom, right):
+        symmetric = [0, 0]
+    uneven = (top, left) != (bottom, right)
+    # The values of the input do not matter for its own gradient; an expanded scalar gives the shape without the memory.
+    shape = grad_output.new_empty(()).expand(batch, channels, height, width)
+    grad = torch.ops.aten.convolution_backward(
+        grad_output, shape, weight, None, stride, symmetric, dilation, False, [0, 0], groups, [True, False, False]
+    )[0]
+    if uneven:
+        grad = grad[:, :, top : height - bottom, left : width - right]
+    return grad.contiguous(memory_format=_memory_format(channels_last)).clone() if uneven else grad.contiguous(
+        memory_format=_memory_format(channels_last)
+    )
+
+
+masked_conv2d_input_grad.register_fake(_fake_input_grad)
+
+
+@torch.library.custom_op("swat_ext::masked_conv2d_weight_grad", mutates_args=())
+def masked_conv2d_weight_grad(
+    grad_output: Tensor,
+    input_values: Tensor,
+    input_mask: Tensor,
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv2d_weight_grad`` by PyTorch's own backward convolution; arguments and result as ``swat_ext::conv2d_weight_grad``."""
+    channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
+    input = torch.ops.swat_ext.decompress(input_values, input_mask, input_size, channels_last)
+    padded, symmetric = _padded(input, padding)
+    shape = grad_output.new_empty(()).expand(*weight_size)
+    grad = torch.ops.aten.convolution_backward(
+        grad_output, padded, shape, None, stride, symmetric, dilation, False, [0, 0], groups, [False, True, False]
+    )[1]
+    return grad.contiguous()
+
+
+masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
+
+
+# --- Gradients ---------------------------------------------------------------------------------------------------------------
+
+
+def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]) -> None:
+    """Give convolution ``name`` its gradient (spec: "One layer"); only packed tensors are saved for it."""
+
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        (input, weight, _, weight_values, weight_mask, input_values, input_mask, *geometry, channels_last) = inputs
+        ctx.save_for_backward(weight_values, weight_mask, input_values, input_mask)
+        ctx.sizes = (input.shape, weight.shape)
+        ctx.geometry = geometry
+        ctx.channels_last = channels_last
+
+    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        weight_values, weight_mask, input_values, input_mask = ctx.saved_tensors
+        input_size, weight_size = ctx.sizes
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = input_grad(
+                grad_output, weight_values, weight_mask, weight_size, input_size, *ctx.geometry, ctx.channels_last
+            )
+        if ctx.needs_input_grad[1]:
+            if input_values is None:
+                raise RuntimeError(
+                    f"swat_ext::{name}: the gradient of weight needs input_values and input_mask, which were None in the forward"
+                )
+            grad_weight = weight_grad(grad_output, input_values, input_mask, input_size, weight_size, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum((0, 2, 3))
+        return grad_input, grad_weight, grad_bias, *[None] * 9
+
+    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
+
+
+def _refuse_second_derivative(name: str) -> None:
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(
+            f"swat_ext::{name} has no derivative: second derivatives through a sparse layer are not supported; "
+            "use swat_ext.to_dense(model) where they are needed"
+        )
+
+    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
+
+
+_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, torch.ops.swat_ext.conv2d_weight_grad)
+_register_gradient(
+    "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
+)
+for _name in ("conv2d", "masked_conv2d"):
+    _refuse_second_derivative(f"{_name}_input_grad")
+    _refuse_second_derivative(f"{_name}_weight_grad")
+
+
+# --- Thresholds that live through training -----------------------------------------------------------------------------------
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@torch.library.custom_op("swat_ext::select", mutates_args=("threshold", "clock"))
+def select(
+    input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
+) -> tuple[Tensor, Tensor]:
+    """Bring a threshold up to date and compress with it (spec: "Selection").
+
+    Args:
+        input: the tensor to compress, any shape.
+        owner: the layer's weight; a new version of it counts as an optimizer step, however many forwards pass between.
+        threshold: 0-dim, dtype of ``input``; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
+        clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1: not
+            known, adopt it without counting a step), spare, then the step of each slot's last selection (-1: none yet).
+        slot: 0 for the weight, 1 for the activation.
+        keep: number of elements to keep, at least 1 unless ``input`` is empty.
+        period: optimizer steps from one selection to the next.
+
+    Returns:
+        ``(values, mask)``, the packed input.
+    """
+    steps, version, pointer = clock[:3].tolist()
+    now, where = _version(owner), owner.data_ptr()
+    if (version, pointer) != (now, where):
+        steps += version >= 0
+        clock[:3] = torch.tensor([steps, now, where])
+    selected = int(clock[CLOCK_SELECTED + slot])
+    fresh = input.numel() > 0 and (selected < 0 or steps - selected >= period)
+    if not fresh:
+        packed = torch.ops.swat_ext.compress(input, threshold)
+        limit = max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR)
+        if packed[0].numel() <= limit or steps == selected:
+            return packed
+    threshold.copy_(torch.ops.swat_ext.kth_magnitude(input, keep))
+    clock[CLOCK_SELECTED + slot] = steps
+    return torch.ops.swat_ext.compress(input, threshold)
+
+
+@select.register_fake
+def _(
+    input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
+) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return input.new_empty([kept]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
