@@ -1,0 +1,32 @@
+"""The one list of C++ sources, by paths relative to this folder; setup.py and CMakeLists.txt both read it."""
+
+# Kernels that know neither torch nor Python.
+CPU_KERNELS = [
+    "kernels/cpu/dispatch.cpp",
+    "kernels/cpu/portable.cpp",
+    "kernels/cpu/avx2.cpp",
+    "kernels/cpu/avx512.cpp",
+]
+
+# Operators over those kernels, on torch's stable ABI.
+OPS = [
+    "ops/schemas.cpp",
+    "ops/cpu.cpp",
+]
+
+# The Python module swat_ext._C.
+RUNTIME = ["runtime.cpp"]
+
+# CUDA kernels and their operators: none yet.
+CUDA: list[str] = []
+
+# How each of them is compiled, whichever build does it. No instruction set here: the kernels choose theirs when loaded.
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wno-psabi",
+]
