@@ -1,0 +1,350 @@
+"""What the sparse layers share: their settings, their thresholds, and the count of optimizer steps that ages those."""
+
+import copy
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from swat_ext import ops
+from swat_ext.config import Backend, check_backend, check_period, check_sparsity
+from swat_ext.functional import Packed, decompress
+from swat_ext.modules.backend import Choice, choose_backend
+
+__all__ = ["SWATLayer"]
+
+_WEIGHT, _ACTIVATION = 0, 1
+_UNKNOWN = -1
+
+
+class SWATLayer(nn.Module):
+    """A layer whose weight and saved input are sparse; mixed into a dense layer's class.
+
+    While training it keeps two thresholds and selects each anew every ``topk_period`` optimizer steps. It counts steps
+    by the version of its weight, so any number of forwards between two steps count as one; an attached
+    :class:`swat_ext.SWATScheduler` counts for it. In evaluation it selects exactly, from the weight alone, and changes
+    nothing.
+
+    Attributes:
+        sparsity: fraction of zeros in the weight, in [0, 1). Setting it selects anew at the next training forward.
+        activation_sparsity: the same for the input saved for the weight gradient; setting None follows ``sparsity``.
+        topk_period: optimizer steps from one selection to the next.
+        backend: "auto", "sparse" or "dense".
+        weight_threshold, activation_threshold: 0-dim buffers in the weight's dtype, not in the state_dict.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+
+    weight: Tensor
+    weight_threshold: Tensor
+    activation_threshold: Tensor
+
+    def _set_up(
+        self,
+        *,
+        sparsity: float,
+        activation_sparsity: float | None = None,
+        topk_period: int = 10,
+        backend: Backend = "auto",
+    ) -> None:
+        """Make an initialised dense layer, already of this class, sparse. Raises before it changes anything."""
+        self._check_settings(sparsity, activation_sparsity, topk_period, backend)
+        self._sparsity = float(sparsity)
+        self._activation_sparsity = activation_sparsity
+        self._topk_period = topk_period
+        self._backend: Backend = backend
+        # Explicitly on the CPU: under torch.device("meta") a default would have no values.
+        self._clock = torch.full((ops.CLOCK_SIZE,), _UNKNOWN, dtype=torch.int64, device="cpu")
+        self._clock[ops.CLOCK_STEPS] = 0
+        self._restored = False
+        for name in ("weight_threshold", "activation_threshold"):
+            zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+            self.register_buffer(name, zero, persistent=False)
+        self._settle_settings()
+
+    @staticmethod
+    def _check_settings(sparsity: float, activation_sparsity: float | None, topk_period: int, backend: Backend) -> None:
+        check_sparsity("sparsity", sparsity)
+        if activation_sparsity is not None:
+            check_sparsity("activation_sparsity", activation_sparsity)
+        check_period("topk_period", topk_period)
+        check_backend(backend)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        sparsity: float,
+        activation_sparsity: float | None = None,
+        topk_period: int = 10,
+        backend: Backend = "auto",
+    ) -> Self:
+        """A sparse layer over the very parameters of a dense one, with its hooks and its training flag.
+
+        Args:
+            layer: exactly of ``cls.dense_class``; it is left as it is.
+            sparsity, activation_sparsity, topk_period, backend: as in :class:`swat_ext.SWATConfig`.
+
+        Raises:
+            TypeError: ``layer`` is of another class. TypeError, ValueError: a setting out of its range.
+        """
+        if type(layer) is not cls.dense_class:
+            raise TypeError(f"layer: expected exactly nn.{cls.dense_class.__name__}, got {type(layer).__name__}")
+        cls._check_settings(sparsity, activation_sparsity, topk_period, backend)
+        sparse = cls.__new__(cls)
+        # Registries (parameters, buffers, hooks) are copied, what they hold is shared.
+        sparse.__dict__.update(
+            {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+        )
+        sparse._set_up(
+            sparsity=sparsity, activation_sparsity=activation_sparsity, topk_period=topk_period, backend=backend
+        )
+        return sparse
+
+    def to_dense(self) -> nn.Module:
+        """A plain ``torch.nn`` layer of its own, whose weight is that of evaluation: dropped weights are zero."""
+        dense = copy.deepcopy(self)
+        dense._become_dense({})
+        return dense
+
+    def _become_dense(self, known: dict[tuple[int, float], nn.Parameter]) -> None:
+        """Change this object into a dense layer; ``known`` keeps a weight of equally sparse layers shared."""
+        key = (id(self.weight), self._sparsity)
+        if key not in known:
+            # A new parameter, not new values: other modules (a tied embedding) may hold the old one.
+            weight = torch.empty_like(self.weight).copy_(decompress(self._select_weight()))
+            known[key] = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self._parameters["weight"] = known[key]
+        for name in ("weight_threshold", "activation_threshold"):
+            delattr(self, name)
+        for name in _OWN_ATTRIBUTES:
+            delattr(self, name)
+        self.__class__ = self.dense_class  # type: ignore[assignment]
+
+    # --- Settings
+    # ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def sparsity(self) -> float:
+        return self._sparsity
+
+    @sparsity.setter
+    def sparsity(self, value: float) -> None:
+        value = check_sparsity("sparsity", value)
+        if value != self._sparsity:
+            self._sparsity = value
+            self._forget_selection(_WEIGHT)
+            if self._activation_sparsity is None:
+                self._forget_selection(_ACTIVATION)
+        self._settle_settings()
+
+    @property
+    def activation_sparsity(self) -> float:
+        return self._sparsity if self._activation_sparsity is None else self._activation_sparsity
+
+    @activation_sparsity.setter
+    def activation_sparsity(self, value: float | None) -> None:
+        before = self.activation_sparsity
+        self._activation_sparsity = None if value is None else check_sparsity("activation_sparsity", value)
+        if self.activation_sparsity != before:
+            self._forget_selection(_ACTIVATION)
+        self._settle_settings()
+
+    @property
+    def topk_period(self) -> int:
+        return self._topk_period
+
+    @topk_period.setter
+    def topk_period(self, value: int) -> None:
+        self._topk_period = check_period("topk_period", value)
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: Backend) -> None:
+        check_backend(value)
+        self._backend = value
+        self._settle_settings()
+
+    @property
+    def chosen_backend(self) -> Choice:
+        """The kernels that this layer runs on, and why."""
+        return self._choice
+
+    def _settle_settings(self) -> None:
+        """Derive from the settings what forward needs, as plain integers and strings: forward must trace."""
+        self._weight_ratio = _kept_ratio(self._sparsity)
+        self._activation_ratio = _kept_ratio(self.activation_sparsity)
+        group_out_channels = self.weight.shape[0] // getattr(self, "groups", 1)
+        self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
+
+    # --- Selection
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _select_weight(self) -> Packed:
+        """``top(weight)`` as this mode takes it: with the running threshold in training, exactly in evaluation."""
+        weight = self.weight.detach()
+        if self.training:
+            return self._select(weight, self.weight_threshold, _WEIGHT, self._weight_ratio)
+        return _select_exactly(weight, self._weight_ratio)
+
+    def _select_activation(self, input: Tensor) -> Packed | None:
+        """``top(input)`` for the weight gradient, or None where there will be none."""
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return None
+        if self.training:
+            return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
+        return _select_exactly(input.detach(), self._activation_ratio)
+
+    def _select(self, tensor: Tensor, threshold: Tensor, slot: int, ratio: tuple[int, int]) -> Packed:
+        values, mask = torch.ops.swat_ext.select(
+            tensor,
+            self.weight.detach(),
+            threshold,
+            self._clock,
+            slot,
+            _kept(tensor.numel(), ratio),
+            self._topk_period,
+        )
+        return Packed(values, mask, tensor.shape)
+
+    def _check_input(self, input: Tensor) -> None:
+        # Here and not only in functional: a selection must not see an input that the convolution then refuses.
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+        if input.dtype != self.weight.dtype:
+            hint = "; autocast is not supported by sparse layers yet" if torch.is_autocast_enabled("cpu") else ""
+            raise TypeError(f"input: expected dtype {self.weight.dtype}, that of weight, got {input.dtype}{hint}")
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"weight: expected dtype float32 or float64, got {self.weight.dtype}")
+        if input.device != self.weight.device:
+            raise ValueError(f"input: expected device {self.weight.device}, that of weight, got {input.device}")
+
+    # --- Steps
+    # -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that this layer has counted."""
+        return int(self._looked()[ops.CLOCK_STEPS])
+
+    def advance(self) -> None:
+        """Count one optimizer step, just made on the weight; called by :class:`swat_ext.SWATScheduler`."""
+        self._clock[ops.CLOCK_STEPS] += 1
+        self._clock[ops.CLOCK_VERSION] = self.weight._version
+        self._clock[ops.CLOCK_POINTER] = self.weight.data_ptr()
+        self._restored = False
+
+    def selection_state(self) -> dict[str, Any]:
+        """What, beside the weights, decides the next selections; for :meth:`load_selection_state`.
+
+        Returns:
+            Numbers and CPU or device tensors alone, so that ``torch.load(weights_only=True)`` reads it back.
+        """
+        clock = self._looked()
+        return {
+            "shape": list(self.weight.shape),
+            "sparsity": self._sparsity,
+            "activation_sparsity": self._activation_sparsity,
+            "topk_period": self._topk_period,
+            "steps": int(clock[ops.CLOCK_STEPS]),
+            "selected": clock[ops.CLOCK_SELECTED :].tolist(),
+            "weight_threshold": self.weight_threshold.clone(),
+            "activation_threshold": self.activation_threshold.clone(),
+        }
+
+    def load_selection_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`selection_state`; the next forward selects as the layer that it came from would.
+
+        Loading weights, before or after this, does not count as a step and keeps the thresholds.
+        """
+        self.sparsity = state["sparsity"]
+        self.activation_sparsity = state["activation_sparsity"]
+        self.topk_period = state["topk_period"]
+        self.weight_threshold.copy_(state["weight_threshold"])
+        self.activation_threshold.copy_(state["activation_threshold"])
+        self._clock[ops.CLOCK_STEPS] = state["steps"]
+        self._clock[ops.CLOCK_VERSION] = _UNKNOWN
+        self._clock[ops.CLOCK_SELECTED :] = torch.tensor(state["selected"])
+        self._restored = True
+
+    def _looked(self) -> Tensor:
+        """A copy of the clock as the next forward would see it: a step made since the last look is counted."""
+        clock = self._clock.clone()
+        now = (0 if self.weight.is_inference() else self.weight._version, self.weight.data_ptr())
+        version, pointer = clock[[ops.CLOCK_VERSION, ops.CLOCK_POINTER]].tolist()
+        if version != _UNKNOWN and (version, pointer) != now:
+            clock[ops.CLOCK_STEPS] += 1
+        clock[ops.CLOCK_VERSION] = _UNKNOWN
+        return clock
+
+    def _forget_version(self) -> None:
+        """Adopt whatever the weight is at the next look: it is about to change by something else than a step."""
+        self._clock.copy_(self._looked())
+
+    def _forget_selection(self, slot: int) -> None:
+        self._clock[ops.CLOCK_SELECTED + slot] = _UNKNOWN
+
+    # --- torch.nn.Module
+    # ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling and deepcopy: the copy's weight has another version and another address, and that is not a step.
+        return {**self.__dict__, "_clock": self._looked()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._forget_version()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "weight" in state_dict:
+            self._forget_version()
+            # Thresholds of other weights mean nothing, unless a scheduler has just restored those of the ones to come.
+            if not self._restored:
+                self._forget_selection(_WEIGHT)
+                self._forget_selection(_ACTIVATION)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        own = f"sparsity={self._sparsity:g}"
+        if self._activation_sparsity is not None:
+            own += f", activation_sparsity={self._activation_sparsity:g}"
+        return f"{super().extra_repr()}, {own}"
+
+
+# What _set_up gives an instance, beside its buffers.
+_OWN_ATTRIBUTES = (
+    "_sparsity",
+    "_activation_sparsity",
+    "_topk_period",
+    "_backend",
+    "_clock",
+    "_restored",
+    "_weight_ratio",
+    "_activation_ratio",
+    "_choice",
+)
+
+
+def _kept_ratio(sparsity: float) -> tuple[int, int]:
+    """``1 - sparsity`` as numerator and denominator, of the decimal number that ``sparsity`` prints as."""
+    return (1 - Fraction(repr(sparsity))).as_integer_ratio()
+
+
+def _kept(numel: int, ratio: tuple[int, int]) -> int:
+    """``functional.keep_count`` in integers alone, which symbolic sizes of torch.compile pass through."""
+    return -(-numel * ratio[0] // ratio[1])
+
+
+def _select_exactly(tensor: Tensor, ratio: tuple[int, int]) -> Packed:
+    if tensor.numel():
+        threshold = torch.ops.swat_ext.kth_magnitude(tensor, _kept(tensor.numel(), ratio))
+    else:
+        threshold = tensor.new_zeros(())
+    values, mask = torch.ops.swat_ext.compress(tensor, threshold)
+    return Packed(values, mask, tensor.shape)

@@ -1,0 +1,66 @@
+"""A sparse :class:`torch.nn.Linear`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swat_ext.config import Backend
+from swat_ext.functional import linear_input_view, linear_packed
+from swat_ext.modules.base import SWATLayer
+
+__all__ = ["SWATLinear"]
+
+
+class SWATLinear(SWATLayer, nn.Linear):
+    """:class:`torch.nn.Linear` that trains by SWAT (Raihan and Aamodt, arXiv 2001.01969, algorithm 1).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`; dtype float32 or float64.
+        sparsity, activation_sparsity, topk_period, backend: as in :class:`swat_ext.SWATConfig`.
+
+    Shape:
+        ``[..., in_features]`` -> ``[..., out_features]``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named; in forward, an input that does not.
+        NotImplementedError: second derivatives.
+    """
+
+    dense_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float,
+        activation_sparsity: float | None = None,
+        topk_period: int = 10,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_up(
+            sparsity=sparsity, activation_sparsity=activation_sparsity, topk_period=topk_period, backend=backend
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        if input.device.type == "meta":
+            return super().forward(input)  # no values to select from: shapes alone
+        return linear_packed(
+            input,
+            self.weight,
+            self.bias,
+            self._select_weight(),
+            self._select_activation(linear_input_view(input)),
+            backend=self._choice.backend,
+        )
+
+    def _check_input(self, input: Tensor) -> None:
+        super()._check_input(input)
+        if input.dim() < 1 or input.shape[-1] != self.in_features:
+            raise ValueError(f"input: expected [..., {self.in_features}], got shape {tuple(input.shape)}")
