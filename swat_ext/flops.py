@@ -1,0 +1,55 @@
+"""Counting the work and the memory of one layer (Raihan and Aamodt, arXiv 2001.01969)."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from swat_ext.functional import keep_count
+from swat_ext.ops import mask_words
+
+__all__ = ["COUNTED", "layer_macs", "packed_bytes", "saved_input_size", "training_flops"]
+
+# The classes whose work can be counted.
+COUNTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def layer_macs(
+    layer: nn.Linear | nn.modules.conv._ConvNd, input_size: Sequence[int], output_size: Sequence[int]
+) -> int:
+    """Multiplications of one dense forward of ``layer``, those with padding included.
+
+    Args:
+        layer: a convolution of any dimension, transposed or not, or a linear layer.
+        input_size, output_size: shapes of its input and output, batch included.
+    """
+    if isinstance(layer, nn.Linear):
+        return math.prod(output_size) * layer.in_features
+    kernel: tuple[int, ...] = layer.kernel_size
+    # Each input of a transposed convolution, each output of another, meets one kernel over the channels of its group.
+    met, channels = (input_size, layer.out_channels) if layer.transposed else (output_size, layer.in_channels)
+    return math.prod(met) * (channels // layer.groups) * math.prod(kernel)
+
+
+def training_flops(macs: int, sparsity: float = 0.0, activation_sparsity: float = 0.0) -> float:
+    """FLOPs of one training step of a layer: forward, input gradient and weight gradient, 2 a multiplication each.
+
+    The first two scale with the kept weights, the third with the kept activations. The first layer of a network is
+    counted the same, though nobody needs its input gradient.
+    """
+    return 2.0 * macs * (2 * (1 - sparsity) + (1 - activation_sparsity))
+
+
+def packed_bytes(numel: int, sparsity: float, itemsize: int) -> int:
+    """Bytes of a packed tensor right after a selection: kept elements and mask; fewer if some of those are zero."""
+    return keep_count(numel, sparsity) * itemsize + mask_words(numel) * 8
+
+
+def saved_input_size(layer: nn.Module, input_size: Sequence[int]) -> list[int]:
+    """Shape of the input that ``layer`` saves for its weight gradient: padded where the padding mode is not zeros."""
+    size = list(input_size)
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode != "zeros":
+        pairs = layer._reversed_padding_repeated_twice
+        for axis in range(len(pairs) // 2):
+            size[-1 - axis] += pairs[2 * axis] + pairs[2 * axis + 1]
+    return size
