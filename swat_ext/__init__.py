@@ -1,1 +1,23 @@
-"""Sparse training with real kernels: SWAT's sparse weights and sparse activations for PyTorch, faster and smaller as measured."""
+"""Sparse training with real kernels: SWAT's sparse weights and activations for PyTorch, faster and smaller."""
+
+from swat_ext import functional
+from swat_ext.config import SWATConfig
+from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
+from swat_ext.report import Report, report
+from swat_ext.scheduler import SWATScheduler
+from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
+
+__all__ = [
+    "Report",
+    "SWATConfig",
+    "SWATConv2d",
+    "SWATLayer",
+    "SWATLinear",
+    "SWATScheduler",
+    "Sparsified",
+    "SparsifyWarning",
+    "functional",
+    "report",
+    "sparsify_",
+    "to_dense",
+]
