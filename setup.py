@@ -1,7 +1,7 @@
 """Build of the compiled extension ``swat_ext._C``; everything else about the package is in pyproject.toml.
 
-Environment: ``CXX`` names the C++ compiler, ``MAX_JOBS`` is the number of compilations at once, ``SWAT_CUDA`` (``auto``,
-``0`` or ``1``) says whether CUDA kernels are built.
+Environment: ``CXX`` names the C++ compiler, ``MAX_JOBS`` is the number of compilations at once, and ``SWAT_CUDA``
+(``auto``, ``0`` or ``1``) says whether CUDA kernels are built.
 """
 
 import os
@@ -22,7 +22,7 @@ MINIMUM_TORCH = (2, 11)
 # The release whose stable ABI the operators use, as torch's headers spell it: 0xMMmmpp then zeros.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 # Commands that neither compile nor lead to a compilation.
-NO_BUILD = {"sdist", "egg_info", "clean", "check", "--help", "--help-commands", "--version", "--name"}
+NO_BUILD = {"sdist", "egg_info", "clean", "check", None}
 
 PROBE = """
 #if defined(__clang__) || !defined(__GNUC__) || __GNUC__ < 12
@@ -126,7 +126,7 @@ def build_command(flags: list[str]) -> type[build_ext]:
 
 
 def main() -> None:
-    command = next((argument for argument in sys.argv[1:]), "--help")
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     if command in NO_BUILD:
         setup()
         return

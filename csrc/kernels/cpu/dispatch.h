@@ -29,7 +29,7 @@ const char* name(Isa isa);
 std::vector<Isa> supported();
 
 // The set called `wanted`, or the last of `available` if it is "auto". `source` names where the request came from.
-// Throws std::invalid_argument, naming source, what it may be and what it was, if `wanted` is no set or none of `available`.
+// Throws std::invalid_argument, saying the source, what it may be and what it was, if `wanted` is none of `available`.
 Isa choose(std::string_view wanted, const std::vector<Isa>& available, std::string_view source);
 
 // Use the set called `isa` ("auto": the fastest) in every call from now on; throws as choose() does.
@@ -38,7 +38,7 @@ void force(const std::string& isa);
 // Use what the environment variable SWAT_CPU_ISA asks for, "auto" if it is unset or empty; throws as choose() does.
 void force_from_environment();
 
-// The set in use, and its kernels. Safe against a force() in another thread: a caller that keeps the reference keeps one set.
+// The set in use, and its kernels. A caller that keeps the reference keeps one set, whatever another thread forces.
 Isa active_isa();
 const KernelTable& active();
 
