@@ -1,0 +1,287 @@
+"""``python -m swat_ext.demo``: the same small ResNet-18 trained twice from one seed, dense and sparse, and compared.
+
+Every figure in the table and in the picture is measured in this run, or counted by :func:`swat_ext.report`.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from swat_ext import _C
+from swat_ext.config import SWATConfig
+from swat_ext.data import Data, Textures
+from swat_ext.models import resnet18, swap_relus_
+from swat_ext.report import report
+from swat_ext.sparsify import sparsify_
+from swat_ext.table import human_bytes, human_count, render
+from swat_ext.training import RECIPES, Diverged, Recipe, Trainer, saved_bytes
+from swat_ext.training.figure import draw
+
+__all__ = ["Comparison", "Outcome", "compare", "main"]
+
+# The size of the demo: under six minutes on two cores, most of it the dense run.
+WIDTH = 0.5
+EPOCHS = 8
+SAMPLES = 4096
+BATCH_SIZE = 64
+SPARSITY = 0.9
+SEED = 0
+
+# Steps that choose the faster layout of the dense network: the first ones warm up, the rest are timed.
+_TRIAL_WARMUP, _TRIAL_STEPS = 2, 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training run, as measured.
+
+    Attributes:
+        name: what to call it.
+        layout: "channels_last" or "contiguous".
+        test_accuracy: after the last epoch, in [0, 1].
+        flops: training FLOPs of all steps, convolutions and classifier.
+        step_ms: median milliseconds of a step: forward, backward and update.
+        held_bytes: bytes held between a step's forward and backward, parameters and buffers aside.
+        losses: training loss (nats) of each step.
+        seconds: of all steps, at the end of each epoch.
+        test_accuracies: at the end of each epoch.
+    """
+
+    name: str
+    layout: str
+    test_accuracy: float
+    flops: float
+    step_ms: float
+    held_bytes: int
+    losses: list[float]
+    seconds: list[float]
+    test_accuracies: list[float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both runs, and the conditions in words."""
+
+    dense: Outcome
+    swat: Outcome
+    conditions: str
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What was compared, dense, SWAT, and the difference in words."""
+        dense, swat = self.dense, self.swat
+        points = 100 * (swat.test_accuracy - dense.test_accuracy)
+        return [
+            ("test accuracy", f"{dense.test_accuracy:.1%}", f"{swat.test_accuracy:.1%}", f"{points:+.1f} points"),
+            (
+                "training FLOPs",
+                human_count(dense.flops),
+                human_count(swat.flops),
+                _times(dense.flops, swat.flops, "fewer", "more"),
+            ),
+            (
+                "step time, median",
+                f"{dense.step_ms:.0f} ms",
+                f"{swat.step_ms:.0f} ms",
+                _times(dense.step_ms, swat.step_ms, "faster", "slower"),
+            ),
+            (
+                "held for the backward pass",
+                human_bytes(dense.held_bytes),
+                human_bytes(swat.held_bytes),
+                f"{abs(1 - swat.held_bytes / dense.held_bytes):.0%} "
+                + ("less" if swat.held_bytes <= dense.held_bytes else "more"),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        header = ("", self.dense.name, self.swat.name, "")
+        return render(header, self.rows(), "<>><") + f"\n{self.conditions}"
+
+
+def _times(before: float, after: float, better: str, worse: str) -> str:
+    return f"{before / after:.2f}x {better}" if after <= before else f"{after / before:.2f}x {worse}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
+
+
+def _held_bytes(model: nn.Module, data: Data, recipe: Recipe, layout: torch.memory_format) -> int:
+    # A copy: measuring must not move the running statistics of the model.
+    model = copy.deepcopy(model).train()
+    images, labels = next(data.train_batches(recipe.batch_size, seed=SEED, epoch=0))
+    images = images.contiguous(memory_format=layout)
+    return saved_bytes(
+        lambda: nn.functional.cross_entropy(model(images), labels),
+        exclude=[*model.parameters(), *model.buffers(), labels],
+    )
+
+
+def _faster_layout(model: nn.Module, data: Data, recipe: Recipe) -> str:
+    """The memory layout in which dense training steps take less time here, measured in turns."""
+    layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    steps = [_stepper(model, data, recipe, layout) for layout in layouts.values()]
+    times: list[list[float]] = [[], []]
+    for _ in range(_TRIAL_WARMUP + _TRIAL_STEPS):
+        for step, taken in zip(steps, times, strict=True):
+            started = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - started)
+    medians = [median(taken[_TRIAL_WARMUP:]) for taken in times]
+    return list(layouts)[medians.index(min(medians))]
+
+
+def _stepper(model: nn.Module, data: Data, recipe: Recipe, layout: torch.memory_format) -> Any:
+    model = copy.deepcopy(model).to(memory_format=layout).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    images, labels = next(data.train_batches(recipe.batch_size, seed=SEED, epoch=0))
+    images = images.contiguous(memory_format=layout)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _train(
+    name: str, model: nn.Module, data: Data, recipe: Recipe, *, layout: str, seed: int, progress: bool
+) -> Outcome:
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def on_step(loss: float, taken: float) -> None:
+        losses.append(loss)
+        seconds.append(taken)
+
+    trainer = Trainer(model, data, recipe, seed=seed, memory_format=memory_format, progress=progress, on_step=on_step)
+    history = trainer.run()
+    found = report(model, input_size=(recipe.batch_size, *data.shape))
+    assert found.swat_flops is not None
+    ends = [record["steps"] for record in history]
+    return Outcome(
+        name=name,
+        layout=layout,
+        test_accuracy=history[-1]["test_accuracy"],
+        flops=found.swat_flops * ends[-1],
+        step_ms=1000 * median(seconds),
+        held_bytes=_held_bytes(model, data, recipe, memory_format),
+        losses=losses,
+        seconds=[sum(seconds[:end]) for end in ends],
+        test_accuracies=[record["test_accuracy"] for record in history],
+    )
+
+
+def compare(
+    *,
+    width: float = WIDTH,
+    epochs: int = EPOCHS,
+    samples: int = SAMPLES,
+    batch_size: int = BATCH_SIZE,
+    sparsity: float = SPARSITY,
+    activation_sparsity: float | None = None,
+    seed: int = SEED,
+    progress: bool = True,
+) -> Comparison:
+    """Train dense and sparse from the same weights on the same batches, and measure both.
+
+    Args:
+        width: factor on ResNet-18's channels.
+        epochs, samples, batch_size: passes, patches in a pass, patches in a step.
+        sparsity, activation_sparsity: as in :class:`swat_ext.SWATConfig`.
+        seed: of weights, order and augmentation.
+        progress: show bars and a line an epoch.
+
+    Raises:
+        ValueError, ModuleNotFoundError, Diverged: as the parts raise them.
+    """
+    config = SWATConfig(sparsity, activation_sparsity)
+    recipe = replace(RECIPES["small"].with_epochs(epochs), batch_size=batch_size)
+    data = Textures(samples)
+    torch.manual_seed(seed)
+    dense = resnet18(data.num_classes, in_channels=data.shape[0], width=width)
+    swat = copy.deepcopy(dense)
+    sparsify_(swat, config)
+    swap_relus_(swat)
+
+    layout = _faster_layout(dense, data, recipe)
+    activations = config.sparsity if config.activation_sparsity is None else config.activation_sparsity
+    name = f"SWAT {100 * config.sparsity:g}/{100 * activations:g}"
+
+    def train(run: str, model: nn.Module, its_layout: str) -> Outcome:
+        if progress:
+            print(f"\n{run} ({its_layout})", flush=True)
+        return _train(run, model, data, recipe, layout=its_layout, seed=seed, progress=progress)
+
+    outcomes = train("dense", dense, layout), train(name, swat, "channels_last")
+    isa = getattr(_C, "isa", lambda: "unknown")()
+    conditions = (
+        f"ResNet-18, width {width:g}, batch {batch_size}, {epochs} epochs of {samples} texture patches, seed {seed}; "
+        f"dense in its faster layout, {layout}\n"
+        f"{_processor()}, threads: {torch.get_num_threads()}, {isa} kernels, torch {torch.__version__}"
+    )
+    return Comparison(*outcomes, conditions)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m swat_ext.demo",
+        description="Train the same small ResNet-18 twice on texture patches, dense and sparse, and compare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--width", type=float, default=WIDTH, help="factor on the channels")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes, of each run")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="patches in a pass")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="patches in a step")
+    parser.add_argument("--sparsity", type=float, default=SPARSITY, help="share of zeros in the weights")
+    parser.add_argument("--activation-sparsity", type=float, help="in the saved activations; None: as the weights")
+    parser.add_argument("--seed", type=int, default=SEED, help="of weights, order and augmentation")
+    parser.add_argument("--threads", type=int, help="of the CPU kernels; None: torch's own choice")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the picture and the figures")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status. ``argv`` is ``sys.argv[1:]`` if None."""
+    arguments = vars(_parser().parse_args(argv))
+    out: Path = arguments.pop("out")
+    threads = arguments.pop("threads")
+    started = time.perf_counter()
+    try:
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads: expected at least 1, got {threads}")
+            torch.set_num_threads(threads)
+        out.mkdir(parents=True, exist_ok=True)
+        result = compare(**arguments)
+        (out / "demo.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+        draw(result, out / "demo.png")
+    except (Diverged, ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: stopped", file=sys.stderr)
+        return 130
+    print(f"\n{result}\n\n{out / 'demo.png'} shows it; {time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
