@@ -1,0 +1,62 @@
+"""Fixtures that every test may use."""
+
+import os
+from collections.abc import Iterator
+
+# Before torch starts its threads: spinning while they wait makes short calls ten times slower beside other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import pytest
+import torch
+
+from swat_ext import _C
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """The same random numbers in every run."""
+    return torch.Generator().manual_seed(20200101)
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every instruction set that this machine has."""
+    previous = _C.isa()
+    _C.set_isa(request.param)
+    try:
+        yield request.param
+    finally:
+        _C.set_isa(previous)
+
+
+def _cuda_skip_reason() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("swat_ext::conv2d", "CUDA"):
+        return "swat_ext was built without CUDA kernels"
+    return ""
+
+
+_needs_cuda = pytest.mark.skipif(bool(_cuda_skip_reason()), reason=_cuda_skip_reason())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=_needs_cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs the test once on every kind of device that has kernels here."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Lets a test call ``torch.set_num_threads``."""
+    previous = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

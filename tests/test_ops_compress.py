@@ -1,0 +1,182 @@
+"""swat_ext::compress and decompress: which elements are kept, in which order, and how they are written."""
+
+import math
+import random
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from checks import assert_identical
+from geometries import LAYOUTS, in_layout
+from torch import Tensor
+
+from swat_ext import functional, reference
+
+DTYPES = (torch.float32, torch.float64)
+SIZES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 959, 960, 1023, 1024, 1025, 1087, 1088, 2047, 2048, 2049, 4095, 4096, 4097)
+
+
+def _assert_same_as_reference(input: Tensor, threshold: float | Tensor, what: str) -> functional.Packed:
+    packed, expected = functional.compress(input, threshold), reference.compress(input, threshold)
+    assert packed.size == input.shape
+    assert_identical(packed.mask, expected.mask, f"{what}: mask")
+    assert_identical(packed.values, expected.values, f"{what}: values")
+    assert_identical(functional.decompress(packed), reference.decompress(expected), f"{what}: decompressed")
+    return packed
+
+
+def test_format_by_hand(isa: str) -> None:
+    input = torch.zeros(1024 + 70)
+    input[[0, 3, 63, 64, 1023, 1024, 1093]] = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, 6.0, -7.0])
+    packed = functional.compress(input, 1.0)
+    words = [0] * 18
+    words[0] = 0b1001 - 2**63  # elements 0, 3 and 63, which is the sign bit
+    words[1] = 1
+    words[15] = -(2**63)
+    words[16] = 1
+    words[17] = 1 << 5  # 1093 = 17 * 64 + 5
+    assert packed.mask.tolist() == [*words, 0, 5]
+    assert packed.values.tolist() == [1.0, -2.0, 3.0, -4.0, 5.0, 6.0, -7.0]
+    assert packed.nbytes == 7 * 4 + 20 * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_around_words_and_blocks(size: int, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    input = torch.randn(size, generator=generator, dtype=dtype)
+    for threshold in (0.0, 0.5, 1.7, 100.0):
+        _assert_same_as_reference(input, threshold, f"size {size}, threshold {threshold}")
+
+
+@pytest.mark.parametrize("size", [65_536, 100_003, 1_048_577])
+def test_many_elements(size: int, isa: str, generator: torch.Generator) -> None:
+    input = torch.randn(size, generator=generator)
+    for threshold in (0.0, 1.6448536):
+        _assert_same_as_reference(input, threshold, f"size {size}, threshold {threshold}")
+    # Kept elements in one end alone: the ranges of threads are then of very different length.
+    input[: size // 2] = 0
+    _assert_same_as_reference(input, 0.1, "empty half")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_layout(layout: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    rng = random.Random(layout)
+    sizes = [(2, 3, 5, 7), (16, 64, 8, 8), (17, 33, 9, 5), (1, 70, 1, 1), (64, 1, 3, 3), (0, 3, 4, 4), (3, 1, 40, 1)]
+    sizes += [(128, 64, 1, 1), (2, 256, 4, 4), (3, 8, 33, 31)]
+    for size in sizes:
+        input = in_layout(torch.randn(size, generator=generator, dtype=dtype), layout, rng)
+        before = input.clone()
+        for threshold in (0.0, 1.3):
+            packed = _assert_same_as_reference(input, threshold, f"{layout} {size}, threshold {threshold}")
+            in_channels_last = functional.decompress(packed, channels_last=True)
+            assert in_channels_last.is_contiguous(memory_format=torch.channels_last)
+            assert_identical(in_channels_last, reference.top(before, threshold) + 0.0, "decompressed to channels_last")
+        assert_identical(input, before, "input after the call")
+
+
+@pytest.mark.parametrize("dims", range(6))
+def test_any_number_of_dimensions(dims: int, isa: str, generator: torch.Generator) -> None:
+    _assert_same_as_reference(torch.randn([3] * dims, generator=generator), 0.4, f"{dims} dimensions")
+
+
+def test_ties_are_all_kept(isa: str) -> None:
+    input = torch.tensor([0.1, -0.1, 0.2, 0.1, -0.3, 0.05] * 50)
+    threshold = functional.kth_magnitude(input, 120)
+    assert threshold.item() == torch.tensor(0.1).item()
+    packed = functional.compress(input, threshold)
+    assert packed.values.tolist() == input[input.abs() != torch.tensor(0.05)].tolist()
+    # As a Python float the same threshold is the same number.
+    assert_identical(functional.compress(input, threshold.item()).mask, packed.mask, "mask")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_neighbours_of_the_threshold(dtype: torch.dtype, isa: str) -> None:
+    threshold = torch.tensor(0.1, dtype=dtype)
+    below, above = torch.nextafter(threshold, threshold * 0), torch.nextafter(threshold, threshold * 2)
+    input = torch.stack((below, threshold, above, -below, -threshold, -above)).repeat(40)
+    packed = functional.compress(input, threshold)
+    assert packed.values.tolist() == torch.stack((threshold, above, -threshold, -above)).repeat(40).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype: torch.dtype, isa: str) -> None:
+    smallest = torch.finfo(dtype).smallest_normal / 4
+    input = torch.tensor(
+        [torch.nan, -torch.inf, 0.0, -0.0, smallest, -smallest, 1.0, -torch.nan, torch.inf], dtype=dtype
+    )
+    for repeats in (1, 7, 200):
+        repeated = input.repeat(repeats)
+        for threshold in (0.0, smallest, 2.0, torch.inf, torch.nan):
+            _assert_same_as_reference(repeated, threshold, f"threshold {threshold}")
+    nonfinite = functional.compress(input, torch.inf).values
+    assert nonfinite.isnan().sum() == 2, "NaN was dropped"
+    assert nonfinite.isinf().sum() == 2, "infinity was dropped"
+    assert functional.compress(input, torch.nan).values.numel() == 7, "a threshold of NaN keeps all but zeros"
+    assert functional.compress(input, 0.0).values.numel() == 7, "zeros are not stored, denormals are"
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.3, -0.3, torch.nan, torch.inf])
+def test_all_equal(value: float, isa: str) -> None:
+    input = torch.full((5, 333), value)
+    for threshold in (0.0, torch.tensor(0.3), 0.4):
+        _assert_same_as_reference(input, threshold, f"all {value}, threshold {threshold}")
+
+
+def test_every_single_bit(isa: str) -> None:
+    for position in range(1025):
+        input = torch.zeros(1025)
+        input[position] = 1.0
+        packed = functional.compress(input, 0.5)
+        bits = [packed.mask[word].item() & (2**64 - 1) for word in range(17)]
+        assert sum(bit << (64 * word) for word, bit in enumerate(bits)) == 1 << position
+
+
+@hypothesis.given(
+    values=st.lists(st.floats(width=32), max_size=80),
+    repeats=st.integers(1, 40),
+    threshold=st.floats(min_value=0, width=32) | st.just(math.nan),
+)
+def test_property_same_as_reference(values: list[float], repeats: int, threshold: float) -> None:
+    input = torch.tensor(values * repeats, dtype=torch.float32)
+    packed = _assert_same_as_reference(input, threshold, "hypothesis")
+    dense = functional.decompress(packed)
+    kept = ~(input.abs() < threshold) & (input != 0)
+    assert_identical(dense[kept], input[kept], "kept")
+    assert not dense[~kept].any()
+
+
+def test_threads_do_not_matter(isa: str, generator: torch.Generator, restore_threads: None) -> None:
+    input = torch.randn(37, 33, 29, 17, generator=generator)
+    expected = reference.compress(input, 1.2)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        strided = input.contiguous(memory_format=memory_format)
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                packed = functional.compress(strided, 1.2)
+                assert_identical(packed.values, expected.values, f"values with {threads} threads")
+                assert_identical(packed.mask, expected.mask, f"mask with {threads} threads")
+                decompressed = functional.decompress(packed, channels_last=memory_format is torch.channels_last)
+                assert_identical(decompressed, reference.top(input, 1.2), f"decompressed with {threads} threads")
+
+
+def test_device(device: torch.device, generator: torch.Generator) -> None:
+    input = torch.randn(3, 5, 7, 11, generator=generator)
+    packed, expected = functional.compress(input.to(device), 0.9), reference.compress(input, 0.9)
+    assert packed.values.device.type == packed.mask.device.type == device.type
+    assert_identical(packed.values.cpu(), expected.values, "values")
+    assert_identical(packed.mask.cpu(), expected.mask, "mask")
+    assert_identical(functional.decompress(packed).cpu(), reference.decompress(expected), "decompressed")
+
+
+def test_results_own_their_memory(isa: str, generator: torch.Generator) -> None:
+    input = torch.randn(1000, generator=generator)
+    packed = functional.compress(input, 1.0)
+    # What is saved for backward holds these bytes; a view of a full-size buffer would hold the full size.
+    assert packed.values.untyped_storage().nbytes() <= packed.values.nbytes + 64
+    assert packed.mask.untyped_storage().nbytes() <= packed.mask.nbytes + 64
+    values = packed.values.clone()
+    input.zero_()
+    assert_identical(packed.values, values, "values after the input was overwritten")
