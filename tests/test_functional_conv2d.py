@@ -118,6 +118,18 @@ def test_empty_batch(backend: str, isa: str, generator: torch.Generator) -> None
     assert not bias.grad.any()
 
 
+def test_no_input_channels(isa: str, generator: torch.Generator) -> None:
+    """A sum of nothing: the bias alone. (PyTorch's own convolution returns no channels here.)"""
+    input, weight = torch.randn(2, 0, 5, 4, requires_grad=True), torch.randn(3, 0, 3, 3, requires_grad=True)
+    bias = torch.randn(3, generator=generator, requires_grad=True)
+    output = functional.conv2d(input, weight, bias, weight_threshold=0, activation_threshold=0)
+    torch.testing.assert_close(output, bias[None, :, None, None].expand(2, 3, 3, 2), rtol=0, atol=0)
+    output.sum().backward()
+    assert input.grad.shape == input.shape
+    assert weight.grad.shape == weight.shape
+    assert bias.grad.tolist() == [12.0] * 3
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_unbatched(layout: str, isa: str) -> None:
     rng = random.Random(layout)

@@ -1,0 +1,162 @@
+"""Every registered operator has a fake kernel and autograd that agree with it: torch.library.opcheck on all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_close
+
+from swat_ext import functional
+
+_THRESHOLD = 0.7
+
+
+def _registered() -> list[str]:
+    """Names of all operators of the library, wherever they were defined."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("swat_ext::")})
+
+
+def _randn(*size: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randn(size, generator=generator, dtype=dtype).requires_grad_(requires_grad)
+
+
+def _convolutions() -> list[tuple[Any, ...]]:
+    """Arguments of conv2d: layouts, groups, uneven padding, no bias, nothing saved, an empty batch."""
+    samples = []
+    for batch, groups, padding, channels_last, with_bias, saves in (
+        (3, 1, (1, 1, 1, 1), False, True, True),
+        (3, 1, (1, 1, 1, 1), True, False, True),
+        (2, 2, (0, 1, 2, 0), True, True, True),
+        (2, 1, (0, 0, 0, 0), False, True, False),
+        (0, 1, (0, 0, 0, 0), False, True, True),
+    ):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        input = _randn(batch, 4, 6, 5).contiguous(memory_format=memory_format).requires_grad_()
+        weight = _randn(6, 4 // groups, 3, 2, requires_grad=saves)
+        bias = _randn(6, requires_grad=True) if with_bias else None
+        packed_weight = functional.compress(weight, _THRESHOLD)[:2]
+        packed_input = functional.compress(input, _THRESHOLD)[:2] if saves else (None, None)
+        geometry = ([2, 1], list(padding), [1, 2], groups, channels_last)
+        samples.append((input, weight, bias, *packed_weight, *packed_input, *geometry))
+    return samples
+
+
+def _input_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, weight, _, weight_values, weight_mask, _, _, *geometry in _convolutions():
+        output = _randn(*_output_size(input, weight, geometry))
+        samples.append((output, weight_values, weight_mask, weight.shape, input.shape, *geometry))
+    return samples
+
+
+def _weight_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, weight, _, _, _, input_values, input_mask, *geometry in _convolutions():
+        if input_values is not None:
+            output = _randn(*_output_size(input, weight, geometry))
+            samples.append((output, input_values, input_mask, input.shape, weight.shape, *geometry[:-1]))
+    return samples
+
+
+def _output_size(input: torch.Tensor, weight: torch.Tensor, geometry: list[Any]) -> tuple[int, ...]:
+    stride, (top, bottom, left, right), dilation, groups, _ = geometry
+    padded = torch.nn.functional.pad(input, (left, right, top, bottom))
+    return tuple(torch.nn.functional.conv2d(padded, weight, None, stride, 0, dilation, groups).shape)
+
+
+def _magnitudes() -> list[tuple[Any, ...]]:
+    return [(_randn(7, 9), 5), (_randn(7, 9, dtype=torch.float64).t(), 63), (torch.tensor(-1.0), 1)]
+
+
+def _compressions() -> list[tuple[Any, ...]]:
+    threshold = torch.tensor(_THRESHOLD)
+    strided = _randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+    return [(_randn(1100), threshold), (strided, threshold), (_randn(3, 0), threshold), (_randn(9), threshold * 100)]
+
+
+def _decompressions() -> list[tuple[Any, ...]]:
+    packed = functional.compress(_randn(2, 3, 5, 7), _THRESHOLD)
+    return [(packed.values, packed.mask, list(packed.size), last) for last in (False, True)] + [
+        (packed.values, packed.mask, [210], False)
+    ]
+
+
+def _selections() -> list[tuple[Any, ...]]:
+    """A first selection, one that is due, one that is not, and a threshold that let too much pass."""
+    samples = []
+    for clock, threshold in (
+        ([0, -1, 0, 0, -1, -1, 0, 0], 0.0),
+        ([5, 0, 0, 0, 0, 0, 0, 0], 0.1),
+        ([5, 0, 0, 0, 4, 4, 0, 0], 1.2),
+        ([5, 0, 0, 0, 4, 4, 0, 0], 0.0),
+    ):
+        weight = _randn(4, 6, 3, 3)
+        clocks = torch.tensor(clock)
+        clocks[2] = weight.data_ptr()
+        samples.append((weight, weight, torch.tensor(threshold), clocks, 0, 40, 3))
+    return samples
+
+
+_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "compress": _compressions,
+    "conv2d": _convolutions,
+    "conv2d_input_grad": _input_grads,
+    "conv2d_weight_grad": _weight_grads,
+    "decompress": _decompressions,
+    "kth_magnitude": _magnitudes,
+    "masked_conv2d": _convolutions,
+    "masked_conv2d_input_grad": _input_grads,
+    "masked_conv2d_weight_grad": _weight_grads,
+    "select": _selections,
+}
+
+
+def test_every_operator_has_samples() -> None:
+    assert _registered() == sorted(_SAMPLES)
+
+
+@pytest.mark.parametrize("name", _registered())
+def test_opcheck(name: str) -> None:
+    operator = getattr(torch.ops.swat_ext, name).default
+    for sample in _SAMPLES[name]():
+        torch.library.opcheck(operator, sample)
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+def test_conv2d_compiles_to_one_graph(backend: str) -> None:
+    weight, bias = _randn(6, 4, 3, 3, requires_grad=True), _randn(6, requires_grad=True)
+
+    def function(input: torch.Tensor) -> torch.Tensor:
+        packed_weight = functional.compress(weight, torch.tensor(_THRESHOLD))
+        packed_input = functional.compress(input, _THRESHOLD)
+        return functional.conv2d_packed(
+            input, weight, bias, packed_weight, packed_input, padding="same", backend=backend
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        input = _randn(batch, 4, 7, 6, requires_grad=True)
+        results = []
+        for call in (function, compiled):
+            output = call(input)
+            gradients = torch.autograd.grad(output.square().sum(), (input, weight, bias))
+            results.append((output, *gradients))
+        for eager, traced in zip(*results, strict=True):
+            assert_close(traced, eager.double(), "compiled")
+
+
+def test_linear_compiles_to_one_graph() -> None:
+    weight = _randn(6, 9, requires_grad=True)
+
+    def function(input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, weight, weight_threshold=_THRESHOLD, activation_threshold=_THRESHOLD)
+
+    input = _randn(2, 5, 9, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(input), function(input).double(), "compiled")
+    gradients = [torch.autograd.grad(call(input).square().sum(), (input, weight)) for call in (function, compiled)]
+    for eager, traced in zip(*gradients, strict=True):
+        assert_close(traced, eager.double(), "compiled gradient")

@@ -1,0 +1,122 @@
+"""Linear layers, which are convolutions of rows, against a float64 reference."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_close, assert_identical, in_double
+from geometries import LAYOUTS, in_layout, random_tensor, random_threshold
+from torch import Tensor
+
+from swat_ext import functional, reference
+
+_WIDTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70, 130)
+_LEADING = ((), (1,), (2,), (16,), (17,), (35,), (100,), (0,), (3, 5), (2, 0, 3), (1, 1), (4, 3, 2, 2))
+
+
+def _check(rng: random.Random, dtype: torch.dtype) -> None:
+    leading = rng.choice(_LEADING)
+    in_features, out_features = rng.choice(_WIDTHS), rng.choice(_WIDTHS)
+    layouts = [rng.choice(LAYOUTS) for _ in range(3)]
+    sizes = ((*leading, in_features), (out_features, in_features), (*leading, out_features))
+    # One long sum may cancel by chance, which would look like an error.
+    positive = min(in_features, out_features) <= 2 or not leading
+    input, weight, grad_output = (
+        in_layout(random_tensor(size, dtype, rng, positive=positive), layout, rng)
+        for size, layout in zip(sizes, layouts, strict=True)
+    )
+    biases = [random_tensor((out_features,), dtype, rng, positive=positive)] if rng.random() < 0.5 else []
+    tensors = [tensor.detach().requires_grad_() for tensor in (input, weight, *biases)]
+    doubles = in_double(*tensors)
+    thresholds = {
+        "weight_threshold": random_threshold(weight, rng),
+        "activation_threshold": random_threshold(input, rng),
+    }
+    copies = [tensor.detach().clone() for tensor in (input, weight, grad_output)]
+
+    output = functional.linear(*tensors, **thresholds)
+    expected = reference.linear(*doubles, **thresholds)
+    described = f"{sizes}, {dtype}, layouts {layouts}, {thresholds}, bias {bool(biases)}"
+    assert_close(output.detach(), expected.detach(), f"output of {described}")
+    grads = torch.autograd.grad(output, tensors, grad_output)
+    wanted = torch.autograd.grad(expected, doubles, grad_output.double())
+    for name, got, want in zip(("input", "weight", "bias"), grads, wanted, strict=False):
+        assert_close(got, want, f"{name} gradient of {described}")
+    for tensor, copy in zip((input, weight, grad_output), copies, strict=True):
+        assert_identical(tensor, copy, f"an argument after the calls of {described}")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_linear_layers(seed: int, isa: str) -> None:
+    for number in range(40):
+        _check(random.Random(f"linear {seed} {number}"), torch.float64 if number % 4 == 0 else torch.float32)
+
+
+def _small(generator: torch.Generator) -> list[Tensor]:
+    sizes = ((2, 3, 5), (4, 5), (4,))
+    return [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
+
+
+def test_gradcheck_at_threshold_zero(isa: str, generator: torch.Generator) -> None:
+    def function(*tensors: Tensor) -> Tensor:
+        return functional.linear(*tensors, weight_threshold=0, activation_threshold=0)
+
+    assert torch.autograd.gradcheck(function, _small(generator))
+
+
+def test_gradcheck_at_positive_thresholds(isa: str, generator: torch.Generator) -> None:
+    input, weight, bias = _small(generator)
+
+    def function(input: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(input, weight.detach(), bias, weight_threshold=0.8, activation_threshold=0.8)
+
+    assert torch.autograd.gradcheck(function, (input, bias))
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+def test_second_derivative_is_refused(backend: str, generator: torch.Generator) -> None:
+    input, weight, bias = _small(generator)
+    packed = functional.compress(weight, 0.5), functional.compress(functional.linear_input_view(input), 0.5)
+    output = functional.linear_packed(input, weight, bias, *packed, backend=backend)
+    (gradient,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_thresholds_select_elements_of_the_input(isa: str) -> None:
+    """By hand: the dropped weight passes no signal, yet receives a gradient from the activation that is kept."""
+    input = torch.tensor([[3.0, 1.0]], requires_grad=True)
+    weight = torch.tensor([[0.5, 2.0]], requires_grad=True)
+    output = functional.linear(input, weight, weight_threshold=1.0, activation_threshold=2.0)
+    assert output.tolist() == [[2.0]]
+    output.backward()
+    assert input.grad.tolist() == [[0.0, 2.0]]
+    assert weight.grad.tolist() == [[3.0, 0.0]]
+
+
+_EMPTY = [((0, 3), (2, 3)), ((2, 0, 3), (5, 3)), ((4, 0), (2, 0)), ((4, 3), (0, 3))]
+
+
+@pytest.mark.parametrize("sizes", _EMPTY)
+def test_empty_sizes_as_in_pytorch(sizes: tuple[tuple[int, ...], ...], isa: str, generator: torch.Generator) -> None:
+    input, weight = (torch.randn(size, generator=generator, requires_grad=True) for size in sizes)
+    expected = F.linear(input, weight)
+    output = functional.linear(input, weight, weight_threshold=0, activation_threshold=0)
+    torch.testing.assert_close(output, expected)
+    grads, wanted = (torch.autograd.grad(y.sum(), (input, weight)) for y in (output, expected))
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_threads_do_not_matter(isa: str, generator: torch.Generator, restore_threads: None) -> None:
+    tensors = [torch.randn(size, generator=generator).requires_grad_() for size in ((203, 130), (75, 130), (75,))]
+    first = None
+    for threads in (1, 2, 3, 4, 1):
+        torch.set_num_threads(threads)
+        output = functional.linear(*tensors, weight_threshold=0.9, activation_threshold=0.9)
+        # The bias gradient is PyTorch's own sum, which is not promised.
+        results = [output.detach(), *torch.autograd.grad(output.square().sum(), tensors[:2])]
+        first = first or results
+        for got, want in zip(results, first, strict=True):
+            assert_identical(got, want, f"{threads} threads")
