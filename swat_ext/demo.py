@@ -33,6 +33,7 @@ __all__ = ["Comparison", "Outcome", "compare", "main"]
 WIDTH = 0.5
 EPOCHS = 8
 SAMPLES = 4096
+TEST_SAMPLES = 2048
 BATCH_SIZE = 64
 SPARSITY = 0.9
 SEED = 0
@@ -194,6 +195,7 @@ def compare(
     width: float = WIDTH,
     epochs: int = EPOCHS,
     samples: int = SAMPLES,
+    test_samples: int = TEST_SAMPLES,
     batch_size: int = BATCH_SIZE,
     sparsity: float = SPARSITY,
     activation_sparsity: float | None = None,
@@ -205,6 +207,7 @@ def compare(
     Args:
         width: factor on ResNet-18's channels.
         epochs, samples, batch_size: passes, patches in a pass, patches in a step.
+        test_samples: patches that test.
         sparsity, activation_sparsity: as in :class:`swat_ext.SWATConfig`.
         seed: of weights, order and augmentation.
         progress: show bars and a line an epoch.
@@ -214,7 +217,7 @@ def compare(
     """
     config = SWATConfig(sparsity, activation_sparsity)
     recipe = replace(RECIPES["small"].with_epochs(epochs), batch_size=batch_size)
-    data = Textures(samples)
+    data = Textures(samples, test_samples)
     torch.manual_seed(seed)
     dense = resnet18(data.num_classes, in_channels=data.shape[0], width=width)
     swat = copy.deepcopy(dense)
@@ -249,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=float, default=WIDTH, help="factor on the channels")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes, of each run")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="patches in a pass")
+    parser.add_argument("--test-samples", type=int, default=TEST_SAMPLES, help="patches that test")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="patches in a step")
     parser.add_argument("--sparsity", type=float, default=SPARSITY, help="share of zeros in the weights")
     parser.add_argument("--activation-sparsity", type=float, help="in the saved activations; None: as the weights")
