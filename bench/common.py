@@ -1,0 +1,148 @@
+"""How everything here is measured.
+
+Interleaved, by medians, against the faster dense layout, never on zeros, and with the conditions written down.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from swat_ext import _C, functional
+
+# A sample shorter than this is repeated: timers and wake-ups of threads would be a visible part of it.
+_SHORTEST_SAMPLE_S = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Times of one call in milliseconds, one a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {"median_ms": self.median, "best_ms": self.best, "rounds": len(self.samples)}
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], *, rounds: int, progress: tqdm | None = None
+) -> dict[str, Timing]:
+    """Time all ``calls`` in turn, ``rounds`` times, starting each round at another one.
+
+    What changes on the machine while this runs then changes all of them alike, and a ratio of two medians stays right.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()  # first calls allocate, and choose kernels
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(_SHORTEST_SAMPLE_S / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            call, count = calls[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            samples[name].append((time.perf_counter() - start) * 1e3 / count)
+        if progress is not None:
+            progress.update()
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def conditions() -> dict[str, Any]:
+    """The machine and the software that a result holds for."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def activations(size: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
+    """Float32 values of ``size``: "magnitudes" ``|N(0, 1)|``, "gaussian" ``N(0, 1)``, "relu" ``max(N(0, 1), 0)``.
+
+    After selection all three keep the share ``1 - sparsity`` (for "relu" while that is at most a half).
+    """
+    values = torch.randn(tuple(size), generator=generator)
+    if kind == "magnitudes":
+        return values.abs_()
+    if kind == "relu":
+        return values.relu_()
+    if kind == "gaussian":
+        return values
+    raise ValueError(f"kind: expected 'magnitudes', 'gaussian' or 'relu', got {kind!r}")
+
+
+def select(tensor: Tensor, sparsity: float) -> Tensor:
+    """The threshold that keeps exactly the share ``1 - sparsity`` of ``tensor``, as a layer selects it."""
+    threshold = functional.kth_magnitude(tensor, functional.keep_count(tensor.numel(), sparsity))
+    if not threshold > 0:
+        raise ValueError(f"tensor: expected more nonzeros than sparsity {sparsity} keeps: nothing is timed on zeros")
+    return threshold
+
+
+def percentages(text: str) -> list[float]:
+    """``"80,90,95"`` as ``[0.8, 0.9, 0.95]``, for :mod:`argparse`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if not all(0 <= value < 100 for value in values):
+        raise argparse.ArgumentTypeError(f"expected whole percentages in [0, 100) such as 80,90,95, got {text!r}")
+    return [value / 100 for value in values]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose columns are aligned, so that it reads well in a terminal too."""
+    texts = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "| " + " | ".join([first.strip().ljust(widths[0]), *others]) + " |"
+
+    rule = line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join([line(texts[0]), rule, *(line(row) for row in texts[1:])])
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write ``result``, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
