@@ -186,7 +186,13 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 
 
 def _describe(settings: dict[str, Any], recipe: Recipe, data: Data, out: Path) -> str:
-    values = ", ".join(f"{name} {value}" for name, value in asdict(recipe).items() if value not in ((), 0, False))
+    unused = dict.fromkeys(("decay", "milestones"), recipe.schedule != "step")
+    unused |= dict.fromkeys(("topk_period", "topk_warmup_epochs"), settings["dense"])
+    values = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in asdict(recipe).items()
+        if value not in ((), 0, False) and not unused.get(name)
+    )
     return (
         f"data     {data.name}: {data.train_size} training and {data.test_size} test images, "
         f"{'x'.join(map(str, data.shape))}, {data.num_classes} classes\n"
