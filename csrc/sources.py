@@ -2,7 +2,12 @@
 
 # Kernels that know neither torch nor Python.
 CPU_KERNELS = [
+    "kernels/cpu/convolution.cpp",
     "kernels/cpu/dispatch.cpp",
+    "kernels/cpu/gather_plan.cpp",
+    "kernels/cpu/packing.cpp",
+    "kernels/cpu/weight_grad_plan.cpp",
+    "kernels/cpu/weight_gradient.cpp",
     "kernels/cpu/portable.cpp",
     "kernels/cpu/avx2.cpp",
     "kernels/cpu/avx512.cpp",

@@ -319,9 +319,12 @@ def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Ten
 
 
 def linear_input_view(input: Tensor) -> Tensor:
-    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
-    rows = input.numel() // input.shape[-1] if input.shape[-1] else math.prod(input.shape[:-1])
-    return input.reshape(1, 1, rows, input.shape[-1]).permute(0, 3, 1, 2)
+    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows.
+
+    No rows make an empty batch instead, ``[0, in_features, 1, 1]``: an image has at least one pixel.
+    """
+    rows = math.prod(input.shape[:-1])
+    return input.reshape(min(rows, 1), 1, max(rows, 1), input.shape[-1]).permute(0, 3, 1, 2)
 
 
 def linear_packed(

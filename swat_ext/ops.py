@@ -24,8 +24,8 @@ _BITS_PER_BLOCK = 1024
 REFRESH_SLACK = 1.25
 _REFRESH_FLOOR = 64
 
-# Fields of a layer's clock, an int64 tensor on the CPU; slot i's last selection is at field _SELECTED + i.
-CLOCK_STEPS, CLOCK_VERSION, CLOCK_POINTER, CLOCK_SELECTED = 0, 1, 2, 4
+# Fields of a layer's clock, an int64 tensor on the CPU; slot i is due for selection at the step in field CLOCK_DUE + i.
+CLOCK_STEPS, CLOCK_VERSION, CLOCK_POINTER, CLOCK_DUE = 0, 1, 2, 4
 CLOCK_SIZE = 8
 
 
@@ -175,24 +175,16 @@ def masked_conv2d_input_grad(
 ) -> Tensor:
     """``conv2d_input_grad`` by PyTorch's own backward convolution; arguments and result as ``swat_ext::conv2d_input_grad``."""
     weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
-    top, bottom, left, right = padding
-    batch, channels, height, width = input_size
-    symmetric = [top, left] if (top, left) == (bottom, right) else [0, 0]
-    if symmetric != [top, left]:
-        height, width = height + top + bottom, width + left + right
-    elif (top, left) == (0, 0) == (bottom, right):
-        symmetric = [0, 0]
-    uneven = (top, left) != (bottom, right)
-    # The values of the input do not matter for its own gradient; an expanded scalar gives the shape without the memory.
-    shape = grad_output.new_empty(()).expand(batch, channels, height, width)
+    # Its values do not matter for its own gradient; an expanded scalar gives the shape without the memory.
+    input = grad_output.new_empty(()).expand(*input_size)
+    padded, symmetric = _padded(input, padding)
     grad = torch.ops.aten.convolution_backward(
-        grad_output, shape, weight, None, stride, symmetric, dilation, False, [0, 0], groups, [True, False, False]
+        grad_output, padded, weight, None, stride, symmetric, dilation, False, [0, 0], groups, [True, False, False]
     )[0]
-    if uneven:
-        grad = grad[:, :, top : height - bottom, left : width - right]
-    return grad.contiguous(memory_format=_memory_format(channels_last)).clone() if uneven else grad.contiguous(
-        memory_format=_memory_format(channels_last)
-    )
+    top, _, left, _ = padding if padded is not input else [0] * 4
+    grad = grad[:, :, top : top + input_size[2], left : left + input_size[3]]
+    # A view of something larger would keep it all alive, and an operator may not return one.
+    return _empty(grad, input_size, channels_last).copy_(grad)
 
 
 masked_conv2d_input_grad.register_fake(_fake_input_grad)
@@ -298,7 +290,7 @@ def select(
         owner: the layer's weight; a new version of it counts as an optimizer step, however many forwards pass between.
         threshold: 0-dim, dtype of ``input``; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
         clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1: not
-            known, adopt it without counting a step), spare, then the step of each slot's last selection (-1: none yet).
+            known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at once).
         slot: 0 for the weight, 1 for the activation.
         keep: number of elements to keep, at least 1 unless ``input`` is empty.
         period: optimizer steps from one selection to the next.
@@ -311,16 +303,17 @@ def select(
     if (version, pointer) != (now, where):
         steps += version >= 0
         clock[:3] = torch.tensor([steps, now, where])
-    selected = int(clock[CLOCK_SELECTED + slot])
-    fresh = input.numel() > 0 and (selected < 0 or steps - selected >= period)
-    if not fresh:
-        packed = torch.ops.swat_ext.compress(input, threshold)
-        limit = max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR)
-        if packed[0].numel() <= limit or steps == selected:
-            return packed
-    threshold.copy_(torch.ops.swat_ext.kth_magnitude(input, keep))
-    clock[CLOCK_SELECTED + slot] = steps
-    return torch.ops.swat_ext.compress(input, threshold)
+    due = CLOCK_DUE + slot
+    if input.numel() > 0 and clock[due] <= steps:
+        threshold.copy_(torch.ops.swat_ext.kth_magnitude(input, keep))
+        clock[due] = steps + period
+        return torch.ops.swat_ext.compress(input, threshold)
+    packed = torch.ops.swat_ext.compress(input, threshold)
+    if packed[0].numel() > max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR):
+        # The stored threshold stays as it is until the next step: a checkpoint may yet repeat an earlier call with it.
+        clock[due] = steps + 1
+        packed = torch.ops.swat_ext.compress(input, torch.ops.swat_ext.kth_magnitude(input, keep))
+    return packed
 
 
 @select.register_fake

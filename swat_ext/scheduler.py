@@ -19,7 +19,7 @@ _LAYER_FIELDS = {
     "activation_sparsity",
     "topk_period",
     "steps",
-    "selected",
+    "due",
     "weight_threshold",
     "activation_threshold",
 }

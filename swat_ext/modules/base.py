@@ -253,7 +253,7 @@ class SWATLayer(nn.Module):
             "activation_sparsity": self._activation_sparsity,
             "topk_period": self._topk_period,
             "steps": int(clock[ops.CLOCK_STEPS]),
-            "selected": clock[ops.CLOCK_SELECTED :].tolist(),
+            "due": clock[ops.CLOCK_DUE :].tolist(),
             "weight_threshold": self.weight_threshold.clone(),
             "activation_threshold": self.activation_threshold.clone(),
         }
@@ -270,7 +270,7 @@ class SWATLayer(nn.Module):
         self.activation_threshold.copy_(state["activation_threshold"])
         self._clock[ops.CLOCK_STEPS] = state["steps"]
         self._clock[ops.CLOCK_VERSION] = _UNKNOWN
-        self._clock[ops.CLOCK_SELECTED :] = torch.tensor(state["selected"])
+        self._clock[ops.CLOCK_DUE :] = torch.tensor(state["due"])
         self._restored = True
 
     def _looked(self) -> Tensor:
@@ -288,7 +288,7 @@ class SWATLayer(nn.Module):
         self._clock.copy_(self._looked())
 
     def _forget_selection(self, slot: int) -> None:
-        self._clock[ops.CLOCK_SELECTED + slot] = _UNKNOWN
+        self._clock[ops.CLOCK_DUE + slot] = _UNKNOWN
 
     # --- torch.nn.Module
     # ---------------------------------------------------------------------------------------------------

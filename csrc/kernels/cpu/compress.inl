@@ -1,0 +1,94 @@
+// Between a dense tensor and its packed form.
+
+// Compress `count` contiguous elements: values to `out`, bits to `writer`. Returns the kept elements; `out` needs kLanes<T> spare.
+template <typename T>
+inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, BitWriter& writer) {
+  constexpr int kN = kLanes<T>;
+  T* const begin = out;
+  int64_t i = 0;
+  for (; i + kN <= count; i += kN) {
+    const Vec<T> v = load_unaligned(data + i);
+    const uint32_t bits = kept_bits<T>(v, threshold);
+    writer.push(bits, kN);
+    store_kept<T>(out, v, bits);
+    out += __builtin_popcount(bits);
+  }
+  if (i < count) {
+    Vec<T> v = {};  // zeros are never kept
+    for (int j = 0; j < count - i; ++j) v[j] = data[i + j];
+    const uint32_t bits = kept_bits<T>(v, threshold);
+    writer.push(bits, static_cast<int>(count - i));
+    store_kept<T>(out, v, bits);
+    out += __builtin_popcount(bits);
+  }
+  return out - begin;
+}
+
+// Rows of kLanes channels out of channels-last pixels: scratch[r][pixel], rows `pixels` rounded up to kLanes apart.
+template <typename T>
+inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride, T* scratch, int64_t row) {
+  constexpr int kN = kLanes<T>;
+  const T* src[kN];
+  T* dst[kN];
+  for (int64_t p = 0; p < pixels; p += kN) {
+    // Past the end the last pixel is read again; those columns are never looked at.
+    for (int k = 0; k < kN; ++k) src[k] = data + std::min(p + k, pixels - 1) * pixel_stride;
+    for (int k = 0; k < kN; ++k) dst[k] = scratch + k * row + p;
+    transpose<T>(src, dst);
+  }
+}
+
+// Elements of scratch that compress_planes needs.
+template <typename T>
+int64_t compress_scratch(const PlanesView<const T>& view) {
+  if (view.pixel_stride == 1) return 0;
+  return kLanes<T> * ((view.pixels + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
+}
+
+// Compress planes [begin, end), in order. Returns the kept elements; `out` needs a spare vector. `words` is zeroed beforehand.
+template <typename T>
+int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words, T* scratch,
+                        T* out) {
+  constexpr int kN = kLanes<T>;
+  BitWriter writer(words, begin * view.pixels);
+  T* const first = out;
+  const int64_t row = (view.pixels + kN - 1) / kN * kN;
+  for (int64_t plane = begin; plane < end;) {
+    const int64_t channel = plane % view.channels;
+    const T* data = view.data + plane / view.channels * view.outer_stride + channel * view.channel_stride;
+    const int64_t pixels = std::min(view.pixels, view.numel - plane * view.pixels);
+    if (view.pixel_stride == 1) {
+      out += compress_run(data, pixels, threshold, out, writer);
+      ++plane;
+    } else if (view.channel_stride == 1 && std::min(view.channels - channel, end - plane) >= kN) {
+      gather_channels(data, pixels, view.pixel_stride, scratch, row);
+      for (int k = 0; k < kN; ++k) out += compress_run(scratch + k * row, pixels, threshold, out, writer);
+      plane += kN;
+    } else {
+      for (int64_t i = 0; i < pixels; ++i) scratch[i] = data[i * view.pixel_stride];
+      out += compress_run(scratch, pixels, threshold, out, writer);
+      ++plane;
+    }
+  }
+  return out - first;
+}
+
+// counts[i] = set bits of block i, for blocks [begin, end).
+inline void count_blocks(const uint64_t* words, int64_t numel, int64_t begin, int64_t end, int64_t* counts) {
+  for (int64_t i = begin; i < end; ++i) {
+    counts[i] = count_bits(words, i * kBlockBits, std::min(numel, (i + 1) * kBlockBits));
+  }
+}
+
+// Write planes [begin, end) from the packed form, dropped elements zero.
+template <typename T>
+void decompress_planes(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end) {
+  const T* value = packed.values + rank(packed, begin * view.pixels);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    T* out = view.data + plane / view.channels * view.outer_stride + plane % view.channels * view.channel_stride;
+    const int64_t pixels = std::min(view.pixels, view.numel - plane * view.pixels);
+    for (int64_t i = 0; i < pixels; ++i) out[i * view.pixel_stride] = 0;
+    for_each_bit(packed.words, plane * view.pixels, plane * view.pixels + pixels,
+                 [&](int64_t i) { out[i * view.pixel_stride] = *value++; });
+  }
+}

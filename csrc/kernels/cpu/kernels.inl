@@ -1,0 +1,44 @@
+// All kernels of one instruction set and their table. The including file sets the target, SWAT_VECTOR_BYTES and SWAT_INTRINSICS,
+// and opens a namespace of the set's own, so that no two sets share a symbol.
+
+#include "vec.inl"
+//
+#include "bitmap.inl"
+//
+#include "compress.inl"
+#include "gather_conv.inl"
+#include "magnitude.inl"
+#include "weight_grad.inl"
+#include "weight_list.inl"
+
+template <typename T>
+constexpr Kernels<T> kernels_of() {
+  return {
+      .lanes = kLanes<T>,
+      .magnitude_histogram = magnitude_histogram<T>,
+      .compress_scratch = compress_scratch<T>,
+      .compress_planes = compress_planes<T>,
+      .count_blocks = count_blocks,
+      .decompress_planes = decompress_planes<T>,
+      .count_forward_lists = count_forward_lists<T>,
+      .fill_forward_lists = fill_forward_lists<T>,
+      .count_backward_lists = count_backward_lists<T>,
+      .fill_backward_lists = fill_backward_lists<T>,
+      .gather_tasks = gather_tasks<T>,
+      .gather_scratch = gather_scratch<T>,
+      .gather_tiles = gather_tiles<T>,
+      .weight_grad_slice = weight_grad_slice<T>,
+      .weight_grad_reduce = weight_grad_reduce<T>,
+  };
+}
+
+constexpr KernelTable table_of() {
+  return {
+      .vector_bytes = kVectorBytes,
+      .register_tiles = kRegisterTiles,
+      .register_tile_count = static_cast<int>(std::size(kRegisterTiles)),
+      .weight_grad_vectors = weight_grad_vectors,
+      .float32 = kernels_of<float>(),
+      .float64 = kernels_of<double>(),
+  };
+}

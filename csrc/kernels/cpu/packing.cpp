@@ -1,0 +1,118 @@
+#include "packing.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace swat::cpu {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 15;  // below this a thread costs more than it saves
+constexpr int64_t kGrainBlocks = 1 << 10;     // of the rank directory
+constexpr int64_t kTaskElements = 1 << 18;   // compressed in one go: a few of them a thread, so that none waits long
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+template <typename T>
+T kth_magnitude(const KernelTable& table, const Parallel& parallel, const T* data, int64_t count, int64_t k) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr int kBits = sizeof(T) * 8 - 1;
+  const int64_t parts = std::clamp<int64_t>(count / kGrainElements, 1, parallel.threads);
+  std::vector<int64_t> counts(parts * kMagnitudeDigits);
+  uint64_t prefix = 0;
+  for (int shift = ceil_div(kBits, kMagnitudeDigitBits) * kMagnitudeDigitBits; shift > 0;) {
+    shift -= kMagnitudeDigitBits;
+    std::fill(counts.begin(), counts.end(), 0);
+    parallel(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        table.of<T>().magnitude_histogram(data, count * i / parts, count * (i + 1) / parts, prefix, shift,
+                                          counts.data() + i * kMagnitudeDigits);
+      }
+    });
+    for (int64_t i = 1; i < parts; ++i) {
+      for (int d = 0; d < kMagnitudeDigits; ++d) counts[d] += counts[i * kMagnitudeDigits + d];
+    }
+    int digit = kMagnitudeDigits - 1;
+    while (counts[digit] < k) k -= counts[digit--];
+    prefix = prefix << kMagnitudeDigitBits | static_cast<uint64_t>(digit);
+  }
+  return std::bit_cast<T>(static_cast<Bits>(prefix));
+}
+
+template <typename T>
+void compress(const KernelTable& table, const Parallel& parallel, const PlanesView<const T>& view, T threshold,
+              uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate) {
+  const Kernels<T>& kernels = table.of<T>();
+  const int64_t planes = view.pixels == 0 ? 0 : ceil_div(view.numel, view.pixels);
+  std::memset(words, 0, ceil_div(view.numel, 64) * sizeof(uint64_t));
+
+  // Values go to a buffer of the range's own first, since where they belong is known only once all are counted.
+  struct Part {
+    int64_t first_plane;
+    int64_t kept;
+    GrowingBuffer<T> values;
+  };
+  std::vector<std::unique_ptr<Part>> parts;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(view.pixels, 1));
+  // Ranges are cut here and not by the thread pool, so that each can be found again in order.
+  const int64_t ranges = std::clamp<int64_t>(planes / grain, 1, 2 * parallel.threads);
+  parts.resize(ranges);
+  const int64_t step = std::max<int64_t>(kernels.lanes, kTaskElements / std::max<int64_t>(view.pixels, 1));
+  parallel(planes == 0 ? 0 : ranges, 1, [&](int64_t begin, int64_t end) {
+    Buffer<T> scratch(kernels.compress_scratch(view));
+    for (int64_t i = begin; i < end; ++i) {
+      auto part = std::make_unique<Part>();
+      part->first_plane = planes * i / ranges;
+      part->kept = 0;
+      const int64_t last = planes * (i + 1) / ranges;
+      for (int64_t plane = part->first_plane; plane < last; plane += step) {
+        const int64_t stop = std::min(last, plane + step);
+        part->values.reserve(part->kept + (stop - plane) * view.pixels + kernels.lanes);
+        part->kept += kernels.compress_planes(view, threshold, plane, stop, words, scratch.data(),
+                                              part->values.data() + part->kept);
+      }
+      parts[i] = std::move(part);
+    }
+  });
+
+  const int64_t blocks = ceil_div(view.numel, kBlockBits);
+  parallel(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    kernels.count_blocks(words, view.numel, begin, end, ranks);
+  });
+  int64_t kept = 0;
+  for (int64_t i = 0; i < blocks; ++i) kept += std::exchange(ranks[i], kept);
+
+  T* const values = allocate(kept);
+  if (planes == 0) return;
+  std::vector<int64_t> offsets(ranges + 1, 0);
+  for (int64_t i = 0; i < ranges; ++i) offsets[i + 1] = offsets[i] + parts[i]->kept;
+  parallel(ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (parts[i]->kept > 0) std::memcpy(values + offsets[i], parts[i]->values.data(), parts[i]->kept * sizeof(T));
+    }
+  });
+}
+
+template <typename T>
+void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed, const PlanesView<T>& view) {
+  if (view.numel == 0) return;
+  parallel(ceil_div(view.numel, view.pixels), std::max<int64_t>(1, kGrainElements / view.pixels),
+           [&](int64_t begin, int64_t end) { table.of<T>().decompress_planes(packed, view, begin, end); });
+}
+
+#define SWAT_INSTANTIATE(T)                                                                                              \
+  template T kth_magnitude(const KernelTable&, const Parallel&, const T*, int64_t, int64_t);                             \
+  template void compress(const KernelTable&, const Parallel&, const PlanesView<const T>&, T, uint64_t*, int64_t*,        \
+                         const std::function<T*(int64_t)>&);                                                             \
+  template void decompress(const KernelTable&, const Parallel&, const PackedView<T>&, const PlanesView<T>&);
+SWAT_INSTANTIATE(float)
+SWAT_INSTANTIATE(double)
+#undef SWAT_INSTANTIATE
+
+}  // namespace swat::cpu

@@ -1,0 +1,26 @@
+// Selection and packing on the CPU: the k-th largest magnitude, compression, decompression.
+#pragma once
+
+#include <functional>
+
+#include "parallel.h"
+#include "params.h"
+#include "table.h"
+
+namespace swat::cpu {
+
+// The k-th largest |data[i]| of `count` elements, 1 <= k <= count; NaN counts as largest.
+template <typename T>
+T kth_magnitude(const KernelTable& table, const Parallel& parallel, const T* data, int64_t count, int64_t k);
+
+// Pack the elements of `view` that are not below `threshold` in magnitude and not zero. `words` and `ranks` are written whole;
+// `allocate(kept)` is called once and returns where the values go.
+template <typename T>
+void compress(const KernelTable& table, const Parallel& parallel, const PlanesView<const T>& view, T threshold,
+              uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate);
+
+// Write the dense tensor.
+template <typename T>
+void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed, const PlanesView<T>& view);
+
+}  // namespace swat::cpu

@@ -1,0 +1,168 @@
+// Parameters of the CPU kernels: raw pointers, sizes and strides, one structure a primitive. Strides count elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace swat::cpu {
+
+// ---- Packed tensors ---------------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kBlockBits = 1024;  // elements between two entries of the rank directory
+
+// A packed tensor: kept elements in logical row-major order, and for every element one bit.
+template <typename T>
+struct PackedView {
+  const T* values;
+  const uint64_t* words;  // [ceil(numel / 64)] bitmap, lowest bit first
+  const int64_t* ranks;   // [ceil(numel / 1024)] kept elements before each 1024
+  int64_t numel;
+};
+
+// A tensor to compress or restore, seen as planes of `pixels` elements: plane i is [i / channels, i % channels].
+template <typename T>
+struct PlanesView {
+  T* data;
+  int64_t channels, pixels;
+  int64_t numel;  // the last plane may be short where the tensor is one contiguous run cut in planes
+  int64_t outer_stride, channel_stride, pixel_stride;
+};
+
+// ---- Selection --------------------------------------------------------------------------------------------------------------
+
+inline constexpr int kMagnitudeDigitBits = 11;
+inline constexpr int kMagnitudeDigits = 1 << kMagnitudeDigitBits;
+
+// ---- Convolution ------------------------------------------------------------------------------------------------------------
+
+// A dense [N, C, H, W] image with any strides.
+template <typename T>
+struct ImageView {
+  T* data;
+  int64_t batch, channels, height, width;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+};
+
+// A convolution's geometry: what nn.Conv2d takes, with the leading padding of each axis (the output size implies the trailing).
+struct ConvGeometry {
+  int64_t batch, groups;
+  int64_t in_channels, in_height, in_width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t dilation_height, dilation_width;
+  int64_t pad_top, pad_left;
+
+  int64_t taps() const { return kernel_height * kernel_width; }
+  int64_t group_in() const { return in_channels / groups; }
+  int64_t group_out() const { return out_channels / groups; }
+};
+
+// One non-zero weight as the gather kernel walks it.
+template <typename T>
+struct GatherEntry;
+template <>
+struct GatherEntry<float> {
+  float weight;
+  int32_t offset;  // bytes from the tile's start to the first pixel that this weight multiplies
+};
+template <>
+struct GatherEntry<double> {
+  double weight;
+  int64_t offset;
+};
+
+// Input channels that are packed and used together, and the output rows that read them.
+struct ChannelBlock {
+  int64_t channel_begin, channel_end;
+  int64_t row_begin, row_end;
+  int64_t list;  // index into the list starts of row_begin's list
+  bool first;    // the first block of its rows: they start from the bias
+};
+
+// How the rows of a sparse weight become lists over channel blocks.
+//
+// The gather kernel computes rows from channels: output channels from input channels in the forward pass, the reverse in the input
+// gradient. "Element" is a position in one group's slice of the weight: (input channel of the group) * taps + tap.
+template <typename T>
+struct WeightListParams {
+  PackedView<T> weight;
+  int64_t groups, group_in, group_out, taps;
+  const int32_t* element_offset;  // [group_in * taps] bytes in the tile, relative to the block; kAbsent: not part of this pass
+  const int32_t* element_row;     // [group_in * taps] input channel of the group (input gradient only)
+  int64_t channel_bytes;          // bytes between two channels of the tile
+  const ChannelBlock* blocks;
+  int64_t blocks_per_group, groups_per_block, block_channels;
+  int64_t* starts;  // counts of each list, then its start
+  GatherEntry<T>* entries;
+
+  static constexpr int32_t kAbsent = INT32_MIN;
+};
+
+// Shape of the output pixels that stay in registers, [height, width].
+struct RegisterTile {
+  int height, width;
+};
+
+// output[n, r, i, j] = bias[r] + sum over r's entries of weight * input[n, c, i * step_h + row, j * step_w + column].
+//
+// A lane of the vectors is one output tile of one sample. Tiles are numbered with the sample fastest, so that lanes are samples
+// where there are enough of them, and tiles of the same sample where there are not.
+template <typename T>
+struct GatherParams {
+  ImageView<const T> input;
+  ImageView<T> output;  // [N, rows, grid height, grid width]
+  int64_t step_h, step_w;
+  const T* bias;               // [rows] or null
+  const int32_t* tile_rows;    // [packed_height] input row of each packed row, relative to the tile
+  const int32_t* tile_columns; // [packed_width]
+  int64_t packed_height, packed_width;
+  int shape;                   // index into the register tiles of the instruction set
+  int64_t tile_height, tile_width;
+  const ChannelBlock* blocks;
+  int64_t block_count, block_channels;
+  const int64_t* starts;
+  const GatherEntry<T>* entries;
+  int64_t row_chunk;  // rows of output computed in one pass over the channels
+};
+
+// dW[o, c, t] = sum over the kept x[n, c, h, w] of x * dy[n, o, ...]: the pixels of one channel share a list, and the vectors run
+// over output channels, so where an activation lies never matters to them.
+
+// Up to 3 x 3 taps that one walk over a list serves.
+struct TapRun {
+  int32_t rows, columns;
+  int32_t tap, tap_row_step, tap_column_step;  // index into [kernel_height, kernel_width] of the first tap; from one to the next
+  int32_t pixel, row_step, column_step;        // pixels of the dy tile from an entry's position to the first tap's; likewise
+};
+
+// Activations whose coordinates agree modulo the stride meet the same taps: runs [begin, end).
+struct TapClass {
+  int32_t run_begin, run_end;
+};
+
+template <typename T>
+struct WeightGradParams {
+  PackedView<T> input;  // [N, C, H, W]
+  ImageView<const T> grad_output;
+  ConvGeometry geometry;
+  // A tile covers [tile_samples, tile_rows * stride_height, tile_columns * stride_width] of the input.
+  int64_t tile_samples, tile_rows, tile_columns;
+  int64_t tiles_n, tiles_h, tiles_w;
+  int64_t origin_row, origin_column;  // first dy pixel that tile (0, 0) meets
+  int64_t grad_rows, grad_columns;    // dy pixels that one sample of a tile meets
+  const int32_t* pixel;               // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
+  const uint8_t* pixel_class;         // the same, class of the pixel
+  const TapRun* runs;
+  const TapClass* classes;
+  int64_t class_count;
+  int64_t vectors;      // output channels of one pass, in vectors: 1, 2, 4 or 8
+  int64_t batch_tiles;  // tiles whose dy is packed together
+  int64_t slices;       // parts of the tiles that are summed apart, so that threads can share a small dW
+  T* partial;           // [slices, groups, output blocks, group_in, taps, vectors * lanes]
+  T* grad_weight;       // [out_channels, group_in, taps]
+
+  int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
+};
+
+}  // namespace swat::cpu

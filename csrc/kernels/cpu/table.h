@@ -1,0 +1,69 @@
+// The kernels of one instruction set, as function pointers: what the drivers, the tests and the benches call.
+#pragma once
+
+#include "buffer.h"
+#include "params.h"
+
+namespace swat::cpu {
+
+// Scratch of one thread in the weight gradient.
+template <typename T>
+struct WeightGradScratch {
+  Buffer<T> grad;                   // [tile][sample][row][column][vectors * lanes]
+  Buffer<GatherEntry<T>> entries;   // lists of a batch of tiles
+  Buffer<GatherEntry<T>> unsorted;  // one list before it is split by class
+  Buffer<uint8_t> classes;          // of those
+  Buffer<int64_t> starts;           // [tile][channel][class] + 1
+};
+
+// Each works on a range [begin, end) of what it is said to count; the bodies' files say the rest.
+template <typename T>
+struct Kernels {
+  int lanes;
+
+  // magnitude.inl: elements
+  void (*magnitude_histogram)(const T* data, int64_t begin, int64_t end, uint64_t prefix, int shift, int64_t* counts);
+
+  // compress.inl: planes, blocks of the rank directory, planes
+  int64_t (*compress_scratch)(const PlanesView<const T>& view);
+  int64_t (*compress_planes)(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words,
+                             T* scratch, T* out);
+  void (*count_blocks)(const uint64_t* words, int64_t numel, int64_t begin, int64_t end, int64_t* counts);
+  void (*decompress_planes)(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end);
+
+  // weight_list.inl: output channels; channel blocks
+  void (*count_forward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
+  void (*fill_forward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
+  void (*count_backward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
+  void (*fill_backward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
+
+  // gather_conv.inl: tasks
+  int64_t (*gather_tasks)(const GatherParams<T>& params);
+  int64_t (*gather_scratch)(const GatherParams<T>& params);
+  void (*gather_tiles)(const GatherParams<T>& params, int64_t begin, int64_t end, T* scratch);
+
+  // weight_grad.inl: one slice and a range of input channels; input channels
+  void (*weight_grad_slice)(const WeightGradParams<T>& params, int64_t slice, int64_t begin, int64_t end,
+                            WeightGradScratch<T>& scratch);
+  void (*weight_grad_reduce)(const WeightGradParams<T>& params, int64_t begin, int64_t end);
+};
+
+struct KernelTable {
+  int64_t vector_bytes;
+  const RegisterTile* register_tiles;
+  int register_tile_count;
+  int64_t (*weight_grad_vectors)(int64_t taps);
+  Kernels<float> float32;
+  Kernels<double> float64;
+
+  template <typename T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == 4) {
+      return float32;
+    } else {
+      return float64;
+    }
+  }
+};
+
+}  // namespace swat::cpu

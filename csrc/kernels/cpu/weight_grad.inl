@@ -1,0 +1,293 @@
+// Weight gradient from packed activations: dense over all weights, skipping the dropped activations.
+//
+// For a tile of dy, packed as [pixel][output channel] in L1 with a zero halo: per input channel, walk the list of kept activations
+// with the gradients of up to 3 x 3 taps times one vector (or more) of output channels in registers.
+
+template <typename T>
+using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run, T* out);
+
+// out[tap][kV * lanes] (+)= sum over the entries of value * dy.
+template <typename T, int kRows, int kColumns, int kV>
+void accumulate_taps(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run, T* out) {
+  constexpr int kWidth = kV * kLanes<T>;
+  constexpr int64_t kPixelBytes = kWidth * sizeof(T);
+  Vec<T> sum[kRows * kColumns * kV];
+  auto place = [&](int r, int c) { return out + (run.tap + r * run.tap_row_step + c * run.tap_column_step) * kWidth; };
+#pragma GCC unroll 3
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        sum[(r * kColumns + c) * kV + v] = load(place(r, c) + v * kLanes<T>);
+      }
+    }
+  }
+  const char* base = reinterpret_cast<const char*>(grad) + run.pixel * kPixelBytes;
+  const int64_t row_bytes = run.row_step * kPixelBytes, column_bytes = run.column_step * kPixelBytes;
+  for (; entry < end; ++entry) {
+    const Vec<T> x = broadcast<T>(entry->weight);
+    const char* pixel = base + entry->offset;
+#pragma GCC unroll 3
+    for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 3
+      for (int r = 0; r < kRows; ++r) {
+        const T* dy = reinterpret_cast<const T*>(pixel + c * column_bytes + r * row_bytes);
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) sum[(r * kColumns + c) * kV + v] += x * load(dy + v * kLanes<T>);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) store(place(r, c) + v * kLanes<T>, sum[(r * kColumns + c) * kV + v]);
+    }
+  }
+}
+
+// Vectors of output channels that leave room in the registers for a run of `taps`.
+inline constexpr bool fits_registers(int taps, int vectors) { return taps * vectors <= kRegisters - 3; }
+
+template <typename T, int kRows, int kColumns>
+TapKernel<T> tap_kernel_of(int64_t vectors) {
+  TapKernel<T> kernel = nullptr;
+  [&]<int... kV>(std::integer_sequence<int, kV...>) {
+    auto offer = [&]<int kVectors>() {
+      if constexpr (fits_registers(kRows * kColumns, kVectors)) {
+        if (vectors == kVectors) kernel = accumulate_taps<T, kRows, kColumns, kVectors>;
+      }
+    };
+    (offer.template operator()<1 << kV>(), ...);
+  }(std::make_integer_sequence<int, 4>{});
+  return kernel;
+}
+
+template <typename T>
+TapKernel<T> tap_kernel(const TapRun& run, int64_t vectors) {
+  TapKernel<T> kernel = nullptr;
+  [&]<int... kI>(std::integer_sequence<int, kI...>) {
+    ((run.rows == kI / 3 + 1 && run.columns == kI % 3 + 1 ? void(kernel = tap_kernel_of<T, kI / 3 + 1, kI % 3 + 1>(vectors))
+                                                          : void()),
+     ...);
+  }(std::make_integer_sequence<int, 9>{});
+  return kernel;
+}
+
+// Most vectors of output channels for which every run of `taps` taps has a kernel.
+inline int64_t weight_grad_vectors(int64_t taps) {
+  int64_t vectors = 8;
+  while (vectors > 1 && !fits_registers(static_cast<int>(taps), static_cast<int>(vectors))) vectors /= 2;
+  return vectors;
+}
+
+// Input pixels of tile `index` that exist.
+struct TileBounds {
+  int64_t sample_begin, sample_end, row_begin, row_end, column_begin, column_end;
+  int64_t grad_row, grad_column;  // dy pixel at the tile's corner; may lie outside dy
+};
+
+template <typename T>
+inline TileBounds tile_bounds(const WeightGradParams<T>& p, int64_t index) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t n = index / (p.tiles_h * p.tiles_w), h = index / p.tiles_w % p.tiles_h, w = index % p.tiles_w;
+  TileBounds b;
+  b.sample_begin = n * p.tile_samples;
+  b.sample_end = std::min(g.batch, b.sample_begin + p.tile_samples);
+  b.row_begin = h * p.tile_rows * g.stride_height;
+  b.row_end = std::min(g.in_height, b.row_begin + p.tile_rows * g.stride_height);
+  b.column_begin = w * p.tile_columns * g.stride_width;
+  b.column_end = std::min(g.in_width, b.column_begin + p.tile_columns * g.stride_width);
+  b.grad_row = h * p.tile_rows + p.origin_row;
+  b.grad_column = w * p.tile_columns + p.origin_column;
+  return b;
+}
+
+// The kept activations of one channel in one tile, in order, as (value, byte offset in the dy tile); returns the end.
+template <typename T>
+GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, GatherEntry<T>* out,
+                             uint8_t* out_class) {
+  using Offset = decltype(GatherEntry<T>::offset);
+  const ConvGeometry& g = p.geometry;
+  const int64_t pixel_bytes = p.vectors * kVectorBytes;
+  const int64_t row_pixels = p.tile_columns * g.stride_width;
+  const int64_t columns = b.column_end - b.column_begin;
+  // Whole rows of the image that are also whole rows of the table are one run of bits.
+  const bool joined = columns == g.in_width && columns == row_pixels;
+  const int64_t runs = joined ? 1 : b.row_end - b.row_begin;
+  const int64_t run_bits = joined ? (b.row_end - b.row_begin) * columns : columns;
+  for (int64_t n = b.sample_begin; n < b.sample_end; ++n) {
+    const int64_t plane = (n * g.in_channels + channel) * g.in_height * g.in_width;
+    const int64_t sample = (n - b.sample_begin) * p.grad_rows * p.grad_columns;
+    for (int64_t r = 0; r < runs; ++r) {
+      const int64_t begin = plane + (b.row_begin + r) * g.in_width + b.column_begin;
+      const T* value = p.input.values + rank(p.input, begin);
+      const int32_t* pixel = p.pixel + r * row_pixels;
+      if (p.class_count == 1) {
+        for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
+          *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
+        });
+      } else {
+        const uint8_t* pixel_class = p.pixel_class + r * row_pixels;
+        for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
+          *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
+          *out_class++ = pixel_class[i];
+        });
+      }
+    }
+  }
+  return out;
+}
+
+// Lists of channels [channel_begin, channel_end) for tiles [begin, end).
+template <typename T>
+void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_t channel_begin, int64_t channel_end,
+                WeightGradScratch<T>& scratch) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t tile_pixels = p.tile_samples * p.tile_rows * g.stride_height * p.tile_columns * g.stride_width;
+  int64_t total = 0;
+  for (int64_t n = tile_bounds(p, begin).sample_begin; n < tile_bounds(p, end - 1).sample_end; ++n) {
+    const int64_t plane = g.in_height * g.in_width;
+    total += rank(p.input, (n * g.in_channels + channel_end) * plane) -
+             rank(p.input, (n * g.in_channels + channel_begin) * plane);
+  }
+  scratch.entries.reserve(total);
+  scratch.starts.reserve((end - begin) * (channel_end - channel_begin) * p.class_count + 1);
+  if (p.class_count > 1) {
+    scratch.unsorted.reserve(tile_pixels);
+    scratch.classes.reserve(tile_pixels);
+  }
+  GatherEntry<T>* const entries = scratch.entries.data();
+  GatherEntry<T>* out = entries;
+  int64_t* start = scratch.starts.data();
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const TileBounds bounds = tile_bounds(p, tile);
+    for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
+      *start = out - entries;
+      if (p.class_count == 1) {
+        out = list_channel(p, bounds, channel, out, nullptr);
+        ++start;
+        continue;
+      }
+      // Counting sort by class.
+      GatherEntry<T>* const unsorted = scratch.unsorted.data();
+      uint8_t* const classes = scratch.classes.data();
+      const int64_t count = list_channel(p, bounds, channel, unsorted, classes) - unsorted;
+      int64_t next[256] = {};
+      for (int64_t i = 0; i < count; ++i) ++next[classes[i]];
+      int64_t position = out - entries;
+      for (int64_t k = 0; k < p.class_count; ++k) {
+        *start++ = position;
+        position += std::exchange(next[k], position);
+      }
+      for (int64_t i = 0; i < count; ++i) entries[next[classes[i]]++] = unsorted[i];
+      out += count;
+    }
+  }
+  *start = out - entries;
+}
+
+// dy of one tile for output channels [channel, channel + width), as [sample][row][column][width]; what does not exist is zero.
+template <typename T>
+void pack_grad(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, int64_t channels, T* out) {
+  const auto& dy = p.grad_output;
+  const int64_t width = p.vectors * kLanes<T>;
+  const bool contiguous = dy.channel_stride == 1 && channels == width;
+  for (int64_t s = 0; s < p.tile_samples; ++s) {
+    const int64_t n = b.sample_begin + s;
+    for (int64_t r = 0; r < p.grad_rows; ++r) {
+      const int64_t row = b.grad_row + r;
+      const bool row_exists = n < b.sample_end && row >= 0 && row < dy.height;
+      for (int64_t c = 0; c < p.grad_columns; ++c, out += width) {
+        const int64_t column = b.grad_column + c;
+        if (!row_exists || column < 0 || column >= dy.width) {
+          for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kLanes<T>, Vec<T>{});
+          continue;
+        }
+        const T* data = dy.data + n * dy.batch_stride + channel * dy.channel_stride + row * dy.row_stride +
+                        column * dy.column_stride;
+        if (contiguous) {
+          for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kLanes<T>, load_unaligned(data + v * kLanes<T>));
+        } else {
+          for (int64_t k = 0; k < width; ++k) out[k] = k < channels ? data[k * dy.channel_stride] : T{0};
+        }
+      }
+    }
+  }
+}
+
+// Input channels whose gradients are revisited tile after tile while they are still in L1 or L2.
+inline constexpr int64_t kGradChannels = 32;
+
+// Add one slice of the tiles to `partial`, for input channels [channel_begin, channel_end).
+template <typename T>
+void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t channel_begin, int64_t channel_end,
+                       WeightGradScratch<T>& scratch) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t width = p.vectors * kLanes<T>;
+  const int64_t output_blocks = (g.group_out() + width - 1) / width;
+  const int64_t slice_begin = p.tiles() * slice / p.slices, slice_end = p.tiles() * (slice + 1) / p.slices;
+  const int64_t tile_elements = p.tile_samples * p.grad_rows * p.grad_columns * width;
+  const int64_t channels = channel_end - channel_begin;
+  scratch.grad.reserve(p.batch_tiles * tile_elements);
+  for (int64_t begin = slice_begin; begin < slice_end; begin += p.batch_tiles) {
+    const int64_t end = std::min(slice_end, begin + p.batch_tiles);
+    list_tiles(p, begin, end, channel_begin, channel_end, scratch);
+    for (int64_t group = channel_begin / g.group_in(); group * g.group_in() < channel_end; ++group) {
+      const int64_t from = std::max(channel_begin, group * g.group_in());
+      const int64_t to = std::min(channel_end, (group + 1) * g.group_in());
+      for (int64_t block = 0; block < output_blocks; ++block) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          pack_grad(p, tile_bounds(p, tile), group * g.group_out() + block * width,
+                    std::min(width, g.group_out() - block * width), scratch.grad.data() + (tile - begin) * tile_elements);
+        }
+        T* const partial =
+            p.partial + ((slice * g.groups + group) * output_blocks + block) * g.group_in() * g.taps() * width;
+        for (int64_t some = from; some < to; some += kGradChannels) {
+          for (int64_t tile = begin; tile < end; ++tile) {
+            const T* grad = scratch.grad.data() + (tile - begin) * tile_elements;
+            for (int64_t channel = some; channel < std::min(to, some + kGradChannels); ++channel) {
+              T* const out = partial + (channel - group * g.group_in()) * g.taps() * width;
+              const int64_t list = ((tile - begin) * channels + channel - channel_begin) * p.class_count;
+              for (int64_t k = 0; k < p.class_count; ++k) {
+                const GatherEntry<T>* entry = scratch.entries.data() + scratch.starts.data()[list + k];
+                const GatherEntry<T>* last = scratch.entries.data() + scratch.starts.data()[list + k + 1];
+                if (entry == last) continue;
+                for (int32_t r = p.classes[k].run_begin; r < p.classes[k].run_end; ++r) {
+                  tap_kernel<T>(p.runs[r], p.vectors)(grad, entry, last, p.runs[r], out);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Add the slices and write grad_weight for input channels [begin, end) of all groups.
+template <typename T>
+void weight_grad_reduce(const WeightGradParams<T>& p, int64_t begin, int64_t end) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t width = p.vectors * kLanes<T>, taps = g.taps();
+  const int64_t output_blocks = (g.group_out() + width - 1) / width;
+  const int64_t slice_elements = g.groups * output_blocks * g.group_in() * taps * width;
+  for (int64_t channel = begin; channel < end; ++channel) {
+    const int64_t group = channel / g.group_in(), within = channel % g.group_in();
+    for (int64_t block = 0; block < output_blocks; ++block) {
+      T* const sum = p.partial + ((group * output_blocks + block) * g.group_in() + within) * taps * width;
+      for (int64_t s = 1; s < p.slices; ++s) {
+        for (int64_t i = 0; i < taps * width; i += kLanes<T>) {
+          store(sum + i, load(sum + i) + load(sum + s * slice_elements + i));
+        }
+      }
+      const int64_t channels = std::min(width, g.group_out() - block * width);
+      for (int64_t o = 0; o < channels; ++o) {
+        T* out = p.grad_weight + ((group * g.group_out() + block * width + o) * g.group_in() + within) * taps;
+        for (int64_t t = 0; t < taps; ++t) out[t] = sum[t * width + o];
+      }
+    }
+  }
+}

@@ -1,0 +1,76 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "convolution.h"
+#include "weight_grad_plan.h"
+
+namespace swat::cpu {
+
+template <typename T>
+void convolution_weight_grad(const KernelTable& table, const Parallel& parallel, const ConvGeometry& g,
+                             const ImageView<const T>& grad_output, const PackedView<T>& input, T* grad_weight) {
+  if (g.stride_height * g.stride_width > 255) {
+    throw std::invalid_argument("stride: the weight gradient takes strides whose product is at most 255");
+  }
+  const int64_t weights = g.out_channels * g.group_in() * g.taps();
+  if (input.numel == 0) {
+    std::fill_n(grad_weight, weights, T{0});
+    return;
+  }
+  const Kernels<T>& kernels = table.of<T>();
+  const int64_t lanes = kernels.lanes;
+  const double kept = static_cast<double>(input.ranks[(input.numel - 1) / kBlockBits]);
+  const WeightGradPlan plan = plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors,
+                                               kept / static_cast<double>(input.numel));
+  const int64_t width = plan.vectors * lanes;
+  const int64_t slice_elements =
+      g.groups * ((g.group_out() + width - 1) / width) * g.group_in() * g.taps() * width;
+  Buffer<T> partial(plan.slices * slice_elements);
+
+  WeightGradParams<T> params;
+  params.input = input;
+  params.grad_output = grad_output;
+  params.geometry = g;
+  params.tile_samples = plan.tile_samples;
+  params.tile_rows = plan.tile_rows;
+  params.tile_columns = plan.tile_columns;
+  params.tiles_n = plan.tiles_n;
+  params.tiles_h = plan.tiles_h;
+  params.tiles_w = plan.tiles_w;
+  params.origin_row = plan.origin_row;
+  params.origin_column = plan.origin_column;
+  params.grad_rows = plan.grad_rows;
+  params.grad_columns = plan.grad_columns;
+  params.pixel = plan.pixel.data();
+  params.pixel_class = plan.pixel_class.data();
+  params.runs = plan.runs.data();
+  params.classes = plan.classes.data();
+  params.class_count = plan.classes.size();
+  params.vectors = plan.vectors;
+  params.batch_tiles = plan.batch_tiles;
+  params.slices = plan.slices;
+  params.partial = partial.data();
+  params.grad_weight = grad_weight;
+
+  // Where slices are fewer than threads, threads share a slice by input channels: every sum still has one owner and one order.
+  const int64_t parts = std::min(g.in_channels, (parallel.threads + plan.slices - 1) / plan.slices);
+  parallel(plan.slices * slice_elements, 1 << 16,
+           [&](int64_t begin, int64_t end) { std::fill(params.partial + begin, params.partial + end, T{0}); });
+  parallel(plan.slices * parts, 1, [&](int64_t begin, int64_t end) {
+    WeightGradScratch<T> scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts;
+      kernels.weight_grad_slice(params, task / parts, g.in_channels * part / parts, g.in_channels * (part + 1) / parts,
+                                scratch);
+    }
+  });
+  parallel(g.in_channels, 1,
+           [&](int64_t begin, int64_t end) { kernels.weight_grad_reduce(params, begin, end); });
+}
+
+template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
+                                      const ImageView<const float>&, const PackedView<float>&, float*);
+template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
+                                      const ImageView<const double>&, const PackedView<double>&, double*);
+
+}  // namespace swat::cpu

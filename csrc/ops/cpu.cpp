@@ -1,0 +1,214 @@
+// The operators on the CPU: from torch's tensors to the kernels' pointers and back.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../kernels/cpu/convolution.h"
+#include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/packing.h"
+#include "checks.h"
+
+namespace swat {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// torch's own threads, so that torch.set_num_threads holds.
+cpu::Parallel torch_threads() {
+  return {[](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+            torch::stable::parallel_for(0, count, grain, body);
+          },
+          static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+// Call f<T>() for the tensor's dtype.
+template <typename F>
+auto dispatch(const char* name, const Tensor& tensor, F&& f) {
+  check_dtype(name, tensor);
+  return tensor.scalar_type() == ScalarType::Float ? f.template operator()<float>() : f.template operator()<double>();
+}
+
+Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
+  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+template <typename T, typename Data>
+cpu::ImageView<T> image(const Tensor& tensor, Data* data) {
+  return {.data = data,
+          .batch = tensor.size(0),
+          .channels = tensor.size(1),
+          .height = tensor.size(2),
+          .width = tensor.size(3),
+          .batch_stride = tensor.stride(0),
+          .channel_stride = tensor.stride(1),
+          .row_stride = tensor.stride(2),
+          .column_stride = tensor.stride(3)};
+}
+template <typename T>
+cpu::ImageView<const T> read_image(const Tensor& tensor) {
+  return image<const T>(tensor, tensor.const_data_ptr<T>());
+}
+template <typename T>
+cpu::ImageView<T> write_image(const Tensor& tensor) {
+  return image<T>(tensor, tensor.mutable_data_ptr<T>());
+}
+
+template <typename T>
+cpu::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {
+  const int64_t* words = mask.const_data_ptr<int64_t>();
+  return {.values = values.const_data_ptr<T>(),
+          .words = reinterpret_cast<const uint64_t*>(words),
+          .ranks = words + (numel + 63) / 64,
+          .numel = numel};
+}
+
+// A contiguous tensor is cut in runs that end on whole words of the bitmap, so that threads never meet in one.
+constexpr int64_t kRunElements = 4096;
+
+// The tensor as planes that the packing kernels take as they lie, or nothing if it has to be copied first.
+template <typename T, typename Data>
+std::optional<cpu::PlanesView<T>> planes(const Tensor& tensor, Data* data) {
+  const int64_t numel = tensor.numel();
+  if (tensor.is_contiguous()) {
+    return cpu::PlanesView<T>{.data = data,
+                              .channels = 1,
+                              .pixels = kRunElements,
+                              .numel = numel,
+                              .outer_stride = kRunElements,
+                              .channel_stride = 0,
+                              .pixel_stride = 1};
+  }
+  if (tensor.dim() != 4) return std::nullopt;
+  cpu::PlanesView<T> view{.data = data,
+                          .channels = tensor.size(1),
+                          .pixels = tensor.size(2) * tensor.size(3),
+                          .numel = numel,
+                          .outer_stride = tensor.stride(0),
+                          .channel_stride = tensor.stride(1),
+                          .pixel_stride = tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3)};
+  const bool joined = tensor.size(2) == 1 || tensor.size(3) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
+  if (!joined || (view.pixel_stride != 1 && view.channel_stride != 1)) return std::nullopt;
+  return view;
+}
+
+Tensor kth_magnitude(const Tensor& input, int64_t k) {
+  return dispatch("input", input, [&]<typename T>() {
+    STD_TORCH_CHECK(k >= 1 && k <= input.numel(), "k: expected from 1 to input.numel() = ", input.numel(), ", got ", k);
+    // Order does not matter: what is dense in memory is read as it lies.
+    const bool dense = input.dim() == 4 && input.stride(1) == 1 && input.stride(3) == input.size(1) &&
+                       input.stride(2) == input.size(3) * input.stride(3) &&
+                       input.stride(0) == input.size(2) * input.stride(2);
+    const Tensor source = dense ? input : torch::stable::contiguous(input);
+    Tensor result = empty({}, input.scalar_type());
+    *result.mutable_data_ptr<T>() =
+        cpu::kth_magnitude<T>(cpu::active(), torch_threads(), source.const_data_ptr<T>(), input.numel(), k);
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold) {
+  return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
+    check_same_dtype("threshold", threshold, input);
+    const int64_t numel = input.numel();
+    Tensor source = input;
+    auto view = planes<const T>(source, source.const_data_ptr<T>());
+    if (!view) {
+      source = torch::stable::contiguous(input);
+      view = planes<const T>(source, source.const_data_ptr<T>());
+    }
+    Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
+    int64_t* const words = mask.mutable_data_ptr<int64_t>();
+    std::optional<Tensor> values;
+    cpu::compress<T>(cpu::active(), torch_threads(), *view, *threshold.const_data_ptr<T>(),
+                     reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, [&](int64_t kept) {
+                       values = empty({kept}, input.scalar_type());
+                       return values->template mutable_data_ptr<T>();
+                     });
+    return {*values, mask};
+  });
+}
+
+Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+  return dispatch("values", values, [&]<typename T>() {
+    const int64_t numel = product(size);
+    check_packed("packed", values, mask, numel);
+    STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
+                    to_string(size));
+    Tensor output = empty(size, values.scalar_type(), channels_last);
+    if (numel > 0) {
+      cpu::decompress<T>(cpu::active(), torch_threads(), packed<T>(values, mask, numel),
+                         *planes<T>(output, output.mutable_data_ptr<T>()));
+    }
+    return output;
+  });
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
+              const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
+              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding, const Ints& dilation,
+              int64_t groups, bool channels_last) {
+  return dispatch("input", input, [&]<typename T>() {
+    const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
+    check_same_dtype("weight_values", weight_values, input);
+    check_packed("weight", weight_values, weight_mask, weight.numel());
+    std::optional<Tensor> offsets;
+    if (bias) {
+      check_same_dtype("bias", *bias, input);
+      check_size("bias", sizes(*bias), {g.out_channels});
+      offsets = torch::stable::contiguous(*bias);
+    }
+    Tensor output = empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), channels_last);
+    cpu::convolution<T>(cpu::active(), torch_threads(), g, read_image<T>(input),
+                        packed<T>(weight_values, weight_mask, weight.numel()),
+                        offsets ? offsets->template const_data_ptr<T>() : nullptr, write_image<T>(output));
+    return output;
+  });
+}
+
+Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values, const Tensor& weight_mask,
+                         const Ints& weight_size, const Ints& input_size, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, int64_t groups, bool channels_last) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
+    check_same_dtype("weight_values", weight_values, grad_output);
+    check_packed("weight", weight_values, weight_mask, product(weight_size));
+    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    Tensor grad_input = empty(input_size, grad_output.scalar_type(), channels_last);
+    cpu::convolution_input_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
+                                   packed<T>(weight_values, weight_mask, product(weight_size)), write_image<T>(grad_input));
+    return grad_input;
+  });
+}
+
+Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
+                          const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
+                          const Ints& dilation, int64_t groups) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
+    check_same_dtype("input_values", input_values, grad_output);
+    check_packed("input", input_values, input_mask, product(input_size));
+    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    Tensor grad_weight = empty(weight_size, grad_output.scalar_type());
+    cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
+                                    packed<T>(input_values, input_mask, product(input_size)),
+                                    grad_weight.mutable_data_ptr<T>());
+    return grad_weight;
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+STABLE_TORCH_LIBRARY_IMPL(swat_ext, CPU, m) {
+  m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
+  m.impl("compress", TORCH_BOX(&swat::compress));
+  m.impl("decompress", TORCH_BOX(&swat::decompress));
+  m.impl("conv2d", TORCH_BOX(&swat::conv2d));
+  m.impl("conv2d_input_grad", TORCH_BOX(&swat::conv2d_input_grad));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&swat::conv2d_weight_grad));
+}
