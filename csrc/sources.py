@@ -22,8 +22,18 @@ OPS = [
 # The Python module swat_ext._C.
 RUNTIME = ["runtime.cpp"]
 
-# CUDA kernels and their operators: none yet.
-CUDA: list[str] = []
+# CUDA kernels, and the operators over them; the kernels are torch-free and need nvcc, the operators only its headers.
+CUDA_KERNELS = [
+    "kernels/cuda/compress.cu",
+    "kernels/cuda/convolution.cu",
+    "kernels/cuda/decompress.cu",
+    "kernels/cuda/magnitude.cu",
+    "kernels/cuda/weight_grad.cu",
+]
+CUDA_OPS = ["ops/cuda.cpp"]
+
+# How nvcc compiles each kernel. No fast mathematics: a denormal or a NaN means the same as on the CPU.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
 
 # How each of them is compiled, whichever build does it. No instruction set here: the kernels choose theirs when loaded.
 CXX_FLAGS = [

@@ -37,7 +37,7 @@ class Packed(NamedTuple):
     """A tensor with most elements dropped.
 
     Attributes:
-        values: ``[kept]``, the kept elements in logical row-major order.
+        values: ``[kept]``, the kept elements in logical row-major order; may be longer, the rest is not read.
         mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept elements before each 1024.
         size: shape of the dense tensor.
     """

@@ -5,22 +5,25 @@ they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two opera
 composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold upkeep and compression).
 
 A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64: one bit an
-element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before them).
+element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before them). With ``keep`` and
+``capacity``, ``swat_ext::compress`` returns ``capacity`` values, zeros after those that the mask counts; should more elements pass
+the threshold, it selects the ``keep``-th magnitude instead.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 
-__all__ = ["REFRESH_SLACK", "convolution_size", "mask_words"]
+__all__ = ["REFRESH_SLACK", "capacity", "convolution_size", "mask_words"]
 
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
 
-# A stale threshold may let this many times its budget pass before it is selected again at once.
+# A stale threshold may let a quarter more than its budget pass, or this many elements, before it is selected again at once.
 REFRESH_SLACK = 1.25
 _REFRESH_FLOOR = 64
 
@@ -32,6 +35,11 @@ CLOCK_SIZE = 8
 def mask_words(numel: int) -> int:
     """Number of int64 elements in the mask of a packed tensor of ``numel`` elements."""
     return -(-numel // _BITS_PER_WORD) + -(-numel // _BITS_PER_BLOCK)
+
+
+def capacity(keep: int, numel: int) -> int:
+    """Most elements of ``numel`` that a selection of ``keep`` may hold; integers alone, so that symbolic sizes pass through."""
+    return torch.sym_min(torch.sym_max(keep + keep // 4, keep + _REFRESH_FLOOR), numel)
 
 
 def convolution_size(
@@ -63,9 +71,15 @@ def _(input: Tensor, k: int) -> Tensor:
 
 
 @torch.library.register_fake("swat_ext::compress")
-def _(input: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return input.new_empty([kept]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
+def _(
+    input: Tensor, threshold: Tensor, *, keep: int | None = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return _fake_packed(input, capacity)
+
+
+def _fake_packed(input: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+    length = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    return input.new_empty([length]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
 
 
 @torch.library.register_fake("swat_ext::decompress")
@@ -120,6 +134,8 @@ def _fake_weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    allow_tf32: bool = False,
 ) -> Tensor:
     return _empty(grad_output, weight_size, False)
 
@@ -219,6 +235,17 @@ masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
 # --- Gradients ---------------------------------------------------------------------------------------------------------------
 
 
+def _weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
+    """``conv2d_weight_grad`` at the float32 precision that the user allows PyTorch's own."""
+    if grad_output.device.type != "cuda" or grad_output.dtype != torch.float32:
+        return torch.ops.swat_ext.conv2d_weight_grad(grad_output, *arguments)
+    input_size, weight_size = arguments[2:4]
+    # A linear layer comes as one row of 1x1 pixels.
+    linear = tuple(weight_size[2:]) == (1, 1) and input_size[2] == 1
+    allowed = torch.backends.cuda.matmul.allow_tf32 if linear else torch.backends.cudnn.allow_tf32
+    return torch.ops.swat_ext.conv2d_weight_grad(grad_output, *arguments, allow_tf32=allowed)
+
+
 def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]) -> None:
     """Give convolution ``name`` its gradient (spec: "One layer"); only packed tensors are saved for it."""
 
@@ -263,7 +290,7 @@ def _refuse_second_derivative(name: str) -> None:
     torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
 
 
-_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, torch.ops.swat_ext.conv2d_weight_grad)
+_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, _weight_grad)
 _register_gradient(
     "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
 )
@@ -288,7 +315,7 @@ def select(
     Args:
         input: the tensor to compress, any shape.
         owner: the layer's weight; a new version of it counts as an optimizer step, however many forwards pass between.
-        threshold: 0-dim, dtype of ``input``; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
+        threshold: 0-dim; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
         clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1: not
             known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at once).
         slot: 0 for the weight, 1 for the activation.
@@ -296,7 +323,9 @@ def select(
         period: optimizer steps from one selection to the next.
 
     Returns:
-        ``(values, mask)``, the packed input.
+        ``(values, mask)``, the packed input. On the CPU ``values`` holds exactly what is kept. On CUDA its length is
+        :func:`capacity`, known without waiting for the device; where more pass, the device selects again at once, for this
+        call alone, and of ties beyond the capacity the last in logical order are dropped.
     """
     steps, version, pointer = clock[:3].tolist()
     now, where = _version(owner), owner.data_ptr()
@@ -304,12 +333,16 @@ def select(
         steps += version >= 0
         clock[:3] = torch.tensor([steps, now, where])
     due = CLOCK_DUE + slot
-    if input.numel() > 0 and clock[due] <= steps:
+    fresh = input.numel() > 0 and clock[due] <= steps
+    if fresh:
         threshold.copy_(torch.ops.swat_ext.kth_magnitude(input, keep))
         clock[due] = steps + period
-        return torch.ops.swat_ext.compress(input, threshold)
-    packed = torch.ops.swat_ext.compress(input, threshold)
-    if packed[0].numel() > max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR):
+    limit = threshold.to(input.dtype)  # under autocast inputs have another dtype than the buffer
+    if input.device.type != "cpu":
+        # The device decides by itself whether to select again: asking how much passed would wait for it.
+        return torch.ops.swat_ext.compress(input, limit, keep=keep, capacity=capacity(keep, input.numel()))
+    packed = torch.ops.swat_ext.compress(input, limit)
+    if not fresh and packed[0].numel() > max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR):
         # The stored threshold stays as it is until the next step: a checkpoint may yet repeat an earlier call with it.
         clock[due] = steps + 1
         packed = torch.ops.swat_ext.compress(input, torch.ops.swat_ext.kth_magnitude(input, keep))
@@ -320,5 +353,4 @@ def select(
 def _(
     input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
 ) -> tuple[Tensor, Tensor]:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return input.new_empty([kept]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
+    return _fake_packed(input, None if input.device.type == "cpu" else capacity(keep, input.numel()))

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -63,6 +64,15 @@ inline void check_packed(const char* name, const Tensor& values, const Tensor& m
                   "_mask: expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
   STD_TORCH_CHECK(mask.size(0) == mask_words(numel), name, "_mask: expected ", mask_words(numel), " words for ", numel,
                   " elements, got ", mask.size(0));
+}
+
+// That `keep` and `capacity` come together and can be met.
+inline void check_capacity(int64_t numel, const std::optional<int64_t>& keep, const std::optional<int64_t>& capacity) {
+  STD_TORCH_CHECK(keep.has_value() == capacity.has_value(), "capacity: expected both keep and capacity, or neither");
+  if (!capacity) return;
+  STD_TORCH_CHECK(*keep >= (numel > 0 ? 1 : 0) && *keep <= *capacity && *capacity <= numel,
+                  "capacity: expected 1 <= keep <= capacity <= input.numel() = ", numel, ", got keep ", *keep, ", capacity ",
+                  *capacity);
 }
 
 // The geometry of a convolution of `input` size [N, C, H, W] with `weight` size [O, C / groups, kh, kw].

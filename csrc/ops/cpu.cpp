@@ -1,8 +1,9 @@
 // The operators on the CPU: from torch's tensors to the kernels' pointers and back.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <bit>
 #include <optional>
 #include <tuple>
 
@@ -10,6 +11,7 @@
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
 #include "checks.h"
+#include "library.h"
 
 namespace swat {
 namespace {
@@ -110,26 +112,58 @@ Tensor kth_magnitude(const Tensor& input, int64_t k) {
   });
 }
 
-std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold) {
+// (values, mask) of `source`, whose strides planes() takes. With a `capacity`, values are that long; see compress.
+template <typename T>
+std::tuple<Tensor, Tensor, int64_t> compress_planes(const Tensor& source, T threshold, std::optional<int64_t> capacity) {
+  const int64_t numel = source.numel();
+  Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
+  int64_t* const words = mask.mutable_data_ptr<int64_t>();
+  std::optional<Tensor> values;
+  int64_t count = 0;
+  cpu::compress<T>(cpu::active(), torch_threads(), *planes<const T>(source, source.const_data_ptr<T>()), threshold,
+                   reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, [&](int64_t kept) {
+                     count = kept;
+                     values = empty({std::max(kept, capacity.value_or(0))}, source.scalar_type());
+                     return values->template mutable_data_ptr<T>();
+                   });
+  return {*values, mask, count};
+}
+
+// Drop what is kept past `capacity` elements, in logical order.
+void trim(uint64_t* words, int64_t* ranks, int64_t numel, int64_t capacity) {
+  int64_t rank = 0;
+  for (int64_t i = 0; i < (numel + 63) / 64; ++i) {
+    if (i % (cpu::kBlockBits / 64) == 0) ranks[i / (cpu::kBlockBits / 64)] = rank;
+    while (rank + std::popcount(words[i]) > capacity) words[i] ^= std::bit_floor(words[i]);
+    rank += std::popcount(words[i]);
+  }
+}
+
+std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold, std::optional<int64_t> keep,
+                                    std::optional<int64_t> capacity) {
   return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
     STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
     check_same_dtype("threshold", threshold, input);
-    const int64_t numel = input.numel();
-    Tensor source = input;
-    auto view = planes<const T>(source, source.const_data_ptr<T>());
-    if (!view) {
-      source = torch::stable::contiguous(input);
-      view = planes<const T>(source, source.const_data_ptr<T>());
+    check_capacity(input.numel(), keep, capacity);
+    const bool as_it_lies = planes<const T>(input, input.const_data_ptr<T>()).has_value();
+    const Tensor source = as_it_lies ? input : torch::stable::contiguous(input);
+    std::tuple<Tensor, Tensor, int64_t> found = compress_planes<T>(source, *threshold.const_data_ptr<T>(), capacity);
+    if (capacity && std::get<2>(found) > *capacity) {
+      const Tensor fresh = kth_magnitude(input, *keep);
+      found = compress_planes<T>(source, *fresh.const_data_ptr<T>(), capacity);
     }
-    Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
-    int64_t* const words = mask.mutable_data_ptr<int64_t>();
-    std::optional<Tensor> values;
-    cpu::compress<T>(cpu::active(), torch_threads(), *view, *threshold.const_data_ptr<T>(),
-                     reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, [&](int64_t kept) {
-                       values = empty({kept}, input.scalar_type());
-                       return values->template mutable_data_ptr<T>();
-                     });
-    return {*values, mask};
+    Tensor values = std::get<0>(found);
+    const Tensor mask = std::get<1>(found);
+    const int64_t count = std::get<2>(found);
+    if (!capacity) return {values, mask};
+    if (count > *capacity) {
+      int64_t* const words = mask.mutable_data_ptr<int64_t>();
+      trim(reinterpret_cast<uint64_t*>(words), words + (input.numel() + 63) / 64, input.numel(), *capacity);
+      values = torch::stable::clone(torch::stable::narrow(values, 0, 0, *capacity));
+    } else {
+      std::fill(values.mutable_data_ptr<T>() + count, values.mutable_data_ptr<T>() + *capacity, T{0});
+    }
+    return {values, mask};
   });
 }
 
@@ -187,7 +221,7 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
 
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
                           const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, int64_t groups) {
+                          const Ints& dilation, int64_t groups, bool /*allow_tf32*/) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
     const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
     check_same_dtype("input_values", input_values, grad_output);
@@ -204,7 +238,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values,
 }  // namespace
 }  // namespace swat
 
-STABLE_TORCH_LIBRARY_IMPL(swat_ext, CPU, m) {
+SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
   m.impl("compress", TORCH_BOX(&swat::compress));
   m.impl("decompress", TORCH_BOX(&swat::decompress));

@@ -1,10 +1,11 @@
 // Every operator of swat_ext, as torch sees it. What they compute is said in swat_ext/functional.py and swat_ext/ops.py; a packed
 // tensor is (values, mask), see swat_ext/ops.py. Padding is (top, bottom, left, right).
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(swat_ext, m) {
+SWAT_LIBRARY(m) {
   m.def("kth_magnitude(Tensor input, int k) -> Tensor");
-  m.def("compress(Tensor input, Tensor threshold) -> (Tensor values, Tensor mask)");
+  m.def(
+      "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, SymInt? capacity=None) -> (Tensor values, Tensor mask)");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor weight_values, Tensor weight_mask, Tensor? input_values, "
@@ -16,5 +17,6 @@ STABLE_TORCH_LIBRARY(swat_ext, m) {
       "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[4] input_size, "
-      "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+      "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, *, "
+      "bool allow_tf32=False) -> Tensor");
 }

@@ -346,5 +346,8 @@ def _select_exactly(tensor: Tensor, ratio: tuple[int, int]) -> Packed:
         threshold = torch.ops.swat_ext.kth_magnitude(tensor, _kept(tensor.numel(), ratio))
     else:
         threshold = tensor.new_zeros(())
-    values, mask = torch.ops.swat_ext.compress(tensor, threshold)
-    return Packed(values, mask, tensor.shape)
+    if tensor.device.type == "cpu":
+        return Packed(*torch.ops.swat_ext.compress(tensor, threshold), tensor.shape)
+    keep = _kept(tensor.numel(), ratio)
+    limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
+    return Packed(*torch.ops.swat_ext.compress(tensor, threshold, **limits), tensor.shape)

@@ -1,0 +1,53 @@
+// Launchers of the CUDA kernels. Each enqueues on `stream`, waits for nothing, allocates nothing, and returns the first error of
+// its launches. Results repeat bit for bit: no kernel sums floating point numbers in an order that timing decides.
+#pragma once
+
+#include "params.h"
+
+namespace swat::cuda {
+
+// *result = the k-th largest |data[i]|, exactly; NaN counts as largest. Radix selection: 11 bits a pass, from the top.
+size_t kth_magnitude_scratch();
+template <typename T>
+cudaError_t kth_magnitude(const MagnitudeParams<T>& params, cudaStream_t stream);
+
+// The bitmap, the rank directory and the number of the kept elements of `input`: everything of the packed form but the values.
+template <typename T>
+size_t mark_scratch(const CompressParams<T>& params);
+template <typename T>
+cudaError_t mark(const CompressParams<T>& params, cudaStream_t stream);
+
+// *condition = *kept > limit.
+cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cudaStream_t stream);
+
+// Where more than `capacity` elements are kept, drop the last ones in logical order: clear their bits, correct ranks and *kept.
+cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, int64_t capacity, cudaStream_t stream);
+
+// The values of what `mark` kept (at most `capacity`, see trim), in logical order, then zeros up to `capacity`.
+template <typename T>
+cudaError_t collect(const CollectParams<T>& params, cudaStream_t stream);
+
+// The dense tensor, written whole.
+template <typename T>
+cudaError_t decompress(const DecompressParams<T>& params, cudaStream_t stream);
+
+// output[N, O, H', W'] = conv(input, weight) + bias, skipping dropped weights; sums in float (double for double).
+template <typename T>
+size_t convolution_scratch(const ConvolutionParams<T>& params);
+template <typename T>
+cudaError_t convolution(const ConvolutionParams<T>& params, cudaStream_t stream);
+
+// grad_input[N, C, H, W] from grad_output and the kept weights.
+template <typename T>
+size_t convolution_input_grad_scratch(const InputGradParams<T>& params);
+template <typename T>
+cudaError_t convolution_input_grad(const InputGradParams<T>& params, cudaStream_t stream);
+
+// grad_weight[O, C / groups, kh, kw]: every weight, from the kept activations, expanded tile by tile in shared memory. Tensor
+// cores for BFloat16 and Half, for float only with allow_tf32; sums in float (double for double).
+template <typename T>
+size_t convolution_weight_grad_scratch(const WeightGradParams<T>& params);
+template <typename T>
+cudaError_t convolution_weight_grad(const WeightGradParams<T>& params, cudaStream_t stream);
+
+}  // namespace swat::cuda

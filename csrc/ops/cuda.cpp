@@ -1,0 +1,304 @@
+// The operators on CUDA: from torch's tensors to the kernels' pointers and back, on torch's current stream.
+//
+// Nothing here waits for the device. Scratch and results come from torch's allocator, so that all of it can be captured in a CUDA
+// graph; what is freed on return is reused by later work on the same stream alone, which is how torch's own operators do it.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../kernels/cuda/bits.h"
+#include "../kernels/cuda/launchers.h"
+#include "checks.h"
+#include "library.h"
+
+// tests/emulator builds this file with kernels that run on the CPU, to check it where no GPU is at hand.
+#ifdef SWAT_EMULATE_CUDA
+#define SWAT_CUDA_KEY CPU
+#else
+#define SWAT_CUDA_KEY CUDA
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace swat {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// The device of a tensor while it lives, and torch's current stream there.
+class OnDevice {
+ public:
+#ifdef SWAT_EMULATE_CUDA
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+#endif
+};
+
+void check(cudaError_t error, const char* name) {
+#ifdef SWAT_EMULATE_CUDA
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": CUDA error ", static_cast<int>(error));
+#else
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error), " (sizes of 2^31 elements are not supported)");
+#endif
+}
+
+// Call f<T>() for the tensor's dtype.
+template <typename F>
+auto dispatch(const char* name, const Tensor& tensor, F&& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<cuda::BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<cuda::Half>();
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, float64, bfloat16 or float16, got scalar type ",
+                      static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+void check_same_device(const char* name, const Tensor& tensor, const Tensor& reference) {
+  STD_TORCH_CHECK(tensor.device() == reference.device(), name, ": expected the device of the other arguments, got another");
+}
+
+Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+Tensor scratch(size_t bytes, const Tensor& like) { return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like); }
+
+template <typename T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* write(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Up to four dimensions, leading ones added.
+template <typename T>
+cuda::ImageView<T> image(const Tensor& tensor, T* data) {
+  int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
+  const int64_t lead = 4 - tensor.dim();
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    size[lead + i] = tensor.size(i);
+    stride[lead + i] = tensor.stride(i);
+  }
+  return {data, size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
+}
+template <typename T>
+cuda::ImageView<const T> read_image(const Tensor& tensor) {
+  return image<const T>(tensor, read<T>(tensor));
+}
+template <typename T>
+cuda::ImageView<T> write_image(const Tensor& tensor) {
+  return image<T>(tensor, write<T>(tensor));
+}
+
+template <typename T>
+cuda::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {
+  const int64_t* words = read<int64_t>(mask);
+  return {read<T>(values), reinterpret_cast<const uint64_t*>(words), words + cuda::word_count(numel), numel, values.numel()};
+}
+
+cuda::ConvGeometry geometry(const cpu::ConvGeometry& g) {
+  return {g.batch,         g.groups,       g.in_channels,  g.in_height,     g.in_width,     g.out_channels,    g.out_height,
+          g.out_width,     g.kernel_height, g.kernel_width, g.stride_height, g.stride_width, g.dilation_height, g.dilation_width,
+          g.pad_top,       g.pad_left};
+}
+
+// Launch the selection of the k-th magnitude of any tensor, where *condition is not 0.
+template <typename T>
+void launch_kth(const Tensor& input, int64_t k, T* result, const int32_t* condition, cudaStream_t stream) {
+  // Order does not matter: what is dense in memory is read as it lies.
+  const bool dense = input.is_contiguous() ||
+                     (input.dim() == 4 && input.stride(1) == 1 && input.stride(3) == input.size(1) &&
+                      input.stride(2) == input.size(3) * input.stride(3) && input.stride(0) == input.size(2) * input.stride(2));
+  const Tensor source = dense ? input : torch::stable::contiguous(input);
+  const Tensor memory = scratch(cuda::kth_magnitude_scratch(), input);
+  check(cuda::kth_magnitude<T>({read<T>(source), input.numel(), k, result, write<void>(memory), condition}, stream),
+        "kth_magnitude");
+}
+
+Tensor kth_magnitude(const Tensor& input, int64_t k) {
+  return dispatch("input", input, [&]<typename T>() {
+    STD_TORCH_CHECK(k >= 1 && k <= input.numel(), "k: expected from 1 to input.numel() = ", input.numel(), ", got ", k);
+    const OnDevice device(input);
+    Tensor result = empty({}, input.scalar_type(), input);
+    launch_kth<T>(input, k, write<T>(result), nullptr, device.stream());
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold, std::optional<int64_t> keep,
+                                    std::optional<int64_t> capacity) {
+  return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
+    check_same_dtype("threshold", threshold, input);
+    check_same_device("threshold", threshold, input);
+    check_capacity(input.numel(), keep, capacity);
+    const OnDevice device(input);
+    const cudaStream_t stream = device.stream();
+    const int64_t numel = input.numel();
+    const Tensor source = input.dim() <= 4 ? input : torch::stable::contiguous(torch::stable::view(input, {numel}));
+    Tensor mask = empty({mask_words(numel)}, ScalarType::Long, input);
+    const Tensor counters = empty({2}, ScalarType::Long, input);  // kept, and whether that is too many
+    const Tensor fresh = empty({}, input.scalar_type(), input);
+    cuda::CompressParams<T> params{};
+    params.input = read_image<T>(source);
+    params.threshold = read<T>(threshold);
+    params.words = reinterpret_cast<uint64_t*>(write<int64_t>(mask));
+    params.ranks = write<int64_t>(mask) + cuda::word_count(numel);
+    params.kept = write<int64_t>(counters);
+    const Tensor memory = scratch(cuda::mark_scratch(params), input);
+    params.scratch = write<void>(memory);
+    check(cuda::mark(params, stream), "compress");
+    int64_t length;
+    if (capacity) {
+      length = *capacity;
+      if (numel > 0) {
+        int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
+        check(cuda::exceeds(params.kept, length, condition, stream), "compress");
+        launch_kth<T>(source, *keep, write<T>(fresh), condition, stream);
+        params.threshold = read<T>(fresh);
+        params.condition = condition;
+        check(cuda::mark(params, stream), "compress");
+        check(cuda::trim(params.words, params.ranks, params.kept, numel, length, stream), "compress");
+      }
+    } else {
+      // Without a capacity the length is only known here: this alone waits for the device, and cannot be captured in a graph.
+      const Tensor on_host = torch::stable::to(counters, std::nullopt, std::nullopt, torch::stable::Device("cpu"));
+      length = *read<int64_t>(on_host);
+    }
+    Tensor values = empty({length}, input.scalar_type(), input);
+    check(cuda::collect<T>({params.input, params.words, params.ranks, params.kept, write<T>(values), length}, stream),
+          "compress");
+    return {values, mask};
+  });
+}
+
+Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+  return dispatch("values", values, [&]<typename T>() {
+    const int64_t numel = product(size);
+    check_packed("packed", values, mask, numel);
+    check_same_device("mask", mask, values);
+    STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
+                    to_string(size));
+    const OnDevice device(values);
+    Tensor output = empty(size, values.scalar_type(), values, channels_last);
+    const auto view = channels_last ? write_image<T>(output)
+                                    : cuda::ImageView<T>{write<T>(output), 1, 1, 1, numel, numel, numel, numel, 1};
+    check(cuda::decompress<T>({packed<T>(values, mask, numel), view}, device.stream()), "decompress");
+    return output;
+  });
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
+              const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
+              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding, const Ints& dilation,
+              int64_t groups, bool channels_last) {
+  return dispatch("input", input, [&]<typename T>() {
+    const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
+    check_same_dtype("weight_values", weight_values, input);
+    check_same_device("weight_values", weight_values, input);
+    check_same_device("weight_mask", weight_mask, input);
+    check_packed("weight", weight_values, weight_mask, weight.numel());
+    std::optional<Tensor> offsets;
+    if (bias) {
+      check_same_dtype("bias", *bias, input);
+      check_same_device("bias", *bias, input);
+      check_size("bias", sizes(*bias), {g.out_channels});
+      offsets = torch::stable::contiguous(*bias);
+    }
+    const OnDevice device(input);
+    Tensor output = empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), input, channels_last);
+    cuda::ConvolutionParams<T> params{geometry(g),
+                                      read_image<T>(input),
+                                      packed<T>(weight_values, weight_mask, weight.numel()),
+                                      offsets ? read<T>(*offsets) : nullptr,
+                                      write_image<T>(output),
+                                      nullptr};
+    const Tensor memory = scratch(cuda::convolution_scratch(params), input);
+    params.scratch = write<void>(memory);
+    check(cuda::convolution(params, device.stream()), "conv2d");
+    return output;
+  });
+}
+
+Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values, const Tensor& weight_mask,
+                         const Ints& weight_size, const Ints& input_size, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, int64_t groups, bool channels_last) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
+    check_same_dtype("weight_values", weight_values, grad_output);
+    check_same_device("weight_values", weight_values, grad_output);
+    check_same_device("weight_mask", weight_mask, grad_output);
+    check_packed("weight", weight_values, weight_mask, product(weight_size));
+    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const OnDevice device(grad_output);
+    Tensor grad_input = empty(input_size, grad_output.scalar_type(), grad_output, channels_last);
+    cuda::InputGradParams<T> params{geometry(g), read_image<T>(grad_output),
+                                    packed<T>(weight_values, weight_mask, product(weight_size)), write_image<T>(grad_input),
+                                    nullptr};
+    const Tensor memory = scratch(cuda::convolution_input_grad_scratch(params), grad_output);
+    params.scratch = write<void>(memory);
+    check(cuda::convolution_input_grad(params, device.stream()), "conv2d_input_grad");
+    return grad_input;
+  });
+}
+
+Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
+                          const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
+                          const Ints& dilation, int64_t groups, bool allow_tf32) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
+    check_same_dtype("input_values", input_values, grad_output);
+    check_same_device("input_values", input_values, grad_output);
+    check_same_device("input_mask", input_mask, grad_output);
+    check_packed("input", input_values, input_mask, product(input_size));
+    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const OnDevice device(grad_output);
+    Tensor grad_weight = empty(weight_size, grad_output.scalar_type(), grad_output);
+    cuda::WeightGradParams<T> params{geometry(g),
+                                     read_image<T>(grad_output),
+                                     packed<T>(input_values, input_mask, product(input_size)),
+                                     write<T>(grad_weight),
+                                     allow_tf32,
+                                     nullptr};
+    const Tensor memory = scratch(cuda::convolution_weight_grad_scratch(params), grad_output);
+    params.scratch = write<void>(memory);
+    check(cuda::convolution_weight_grad(params, device.stream()), "conv2d_weight_grad");
+    return grad_weight;
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+SWAT_LIBRARY_IMPL(SWAT_CUDA_KEY, m) {
+  m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
+  m.impl("compress", TORCH_BOX(&swat::compress));
+  m.impl("decompress", TORCH_BOX(&swat::decompress));
+  m.impl("conv2d", TORCH_BOX(&swat::conv2d));
+  m.impl("conv2d_input_grad", TORCH_BOX(&swat::conv2d_input_grad));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&swat::conv2d_weight_grad));
+}
