@@ -1,7 +1,8 @@
 """Build of the compiled extension ``swat_ext._C``; everything else about the package is in pyproject.toml.
 
 Environment: ``CXX`` names the C++ compiler, ``MAX_JOBS`` is the number of compilations at once, and ``SWAT_CUDA``
-(``auto``, ``0`` or ``1``) says whether CUDA kernels are built.
+(``auto``, ``0`` or ``1``) says whether CUDA kernels are built: ``auto`` builds them where torch has CUDA and there is an nvcc, ``1``
+fails where that is not so. ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the architectures.
 """
 
 import os
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
 # The release whose stable ABI the operators use, as torch's headers spell it: 0xMMmmpp then zeros.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+# Without TORCH_CUDA_ARCH_LIST: what the kernels are checked for, and machine code that later GPUs translate.
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 # Commands that neither compile nor lead to a compilation.
 NO_BUILD = {"sdist", "egg_info", "clean", "check", None}
 
@@ -51,13 +54,33 @@ def check_torch() -> str:
     return version
 
 
-def check_cuda(sources: dict[str, Any]) -> None:
-    """Exit unless SWAT_CUDA asks for something that can be built."""
+def wants_cuda() -> bool:
+    """Whether to build CUDA kernels: by SWAT_CUDA, torch and the toolkit, never by whether a GPU is there.
+
+    Exits where SWAT_CUDA makes no sense, or is 1 and cannot be met. Sets CUDA_HOME, which torch's build reads.
+    """
     wanted = os.environ.get("SWAT_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         fail(f"SWAT_CUDA: expected auto, 0 or 1, got '{wanted}'.")
-    if wanted == "1" and not sources["CUDA"]:
-        fail("SWAT_CUDA=1 asks for CUDA kernels, which this version does not have; unset SWAT_CUDA, or set auto or 0.")
+    if wanted == "0":
+        return False
+    version = check_torch()
+    import torch
+
+    home = runpy.run_path(str(ROOT / "tools" / "cuda_home.py"))["find_cuda_home"]()
+    missing = []
+    if getattr(getattr(torch, "version", None), "cuda", None) is None:
+        missing.append(f"torch {version} has no CUDA (install a CUDA build of torch)")
+    if home is None:
+        missing.append("there is no nvcc (install the CUDA toolkit, and put nvcc on the PATH or set CUDA_HOME)")
+    if missing:
+        if wanted == "1":
+            fail(f"SWAT_CUDA=1 asks for CUDA kernels, but {', and '.join(missing)}; or set SWAT_CUDA to auto or 0.")
+        return False
+    os.environ["CUDA_HOME"] = home
+    # Otherwise torch would build for the GPUs that this machine happens to have.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    return True
 
 
 def check_compiler(flags: list[str]) -> None:
@@ -78,7 +101,7 @@ def check_compiler(flags: list[str]) -> None:
         fail(f"the C++ compiler '{compiler}' ({source}) is not GCC 12 or newer, or cannot work ({reason}); {how}.")
 
 
-def extension(sources: dict[str, Any], torch_version: str) -> Extension:
+def extension(sources: dict[str, Any], torch_version: str, cuda: bool) -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     def define(name: str, text: str) -> str:
@@ -87,23 +110,31 @@ def extension(sources: dict[str, Any], torch_version: str) -> Extension:
     with open(ROOT / "pyproject.toml", "rb") as file:
         version = tomllib.load(file)["project"]["version"]
     flags: list[str] = [*sources["CXX_FLAGS"], "-g0"]
+    names = sources["CPU_KERNELS"] + sources["OPS"] + sources["RUNTIME"]
+    # Not CppExtension or CUDAExtension: they also link c10 and torch_python, whose C++ ABI changes with each release of torch.
+    libraries = ["torch", "torch_cpu"]
+    device = "cuda" if cuda else "cpu"
+    if cuda:
+        names = names + sources["CUDA_KERNELS"] + sources["CUDA_OPS"]
+        # The runtime linked in cannot be another version than the kernels were compiled for.
+        libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
     csrc = ROOT / "csrc"
+    common = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        define("SWAT_VERSION", version),
+        define("SWAT_FLAGS", " ".join(flags)),
+        define("SWAT_TORCH_VERSION", torch_version),
+        *(["-DSWAT_CUDA"] if cuda else []),
+    ]
     return Extension(
         "swat_ext._C",
-        sources=[f"csrc/{name}" for name in sources["CPU_KERNELS"] + sources["OPS"] + sources["RUNTIME"]],
-        depends=[str(path) for suffix in ("h", "inl") for path in sorted(csrc.rglob(f"*.{suffix}"))],
-        include_dirs=[str(csrc), *include_paths()],
-        library_dirs=library_paths(),
-        # Not CppExtension: it also links c10 and torch_python, whose C++ ABI changes with each release of torch.
-        libraries=["torch", "torch_cpu"],
+        sources=[f"csrc/{name}" for name in names],
+        depends=[str(path) for suffix in ("h", "inl", "cuh") for path in sorted(csrc.rglob(f"*.{suffix}"))],
+        include_dirs=[str(csrc), *include_paths(device)],
+        library_dirs=library_paths(device),
+        libraries=libraries,
         language="c++",
-        extra_compile_args=[
-            *flags,
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            define("SWAT_VERSION", version),
-            define("SWAT_FLAGS", " ".join(flags)),
-            define("SWAT_TORCH_VERSION", torch_version),
-        ],
+        extra_compile_args={"cxx": [*flags, *common], "nvcc": sources["NVCC_FLAGS"]},
     )
 
 
@@ -131,10 +162,10 @@ def main() -> None:
         setup()
         return
     sources = runpy.run_path(str(ROOT / "csrc" / "sources.py"))
-    check_cuda(sources)
+    cuda = wants_cuda()
     torch_version = check_torch()
     setup(
-        ext_modules=[extension(sources, torch_version)],
+        ext_modules=[extension(sources, torch_version, cuda)],
         cmdclass={"build_ext": build_command(sources["CXX_FLAGS"])},
     )
 

@@ -23,7 +23,11 @@ py::dict build_info() {
   info["version"] = SWAT_VERSION;
   info["compiler"] = kCompiler;
   info["flags"] = SWAT_FLAGS;
+#ifdef SWAT_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["torch"] = SWAT_TORCH_VERSION;
   return info;
 }

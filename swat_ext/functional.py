@@ -3,19 +3,28 @@
 Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved for the
 gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969, section 2): the
 input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
+
+Under ``torch.autocast`` results have its dtype, as those of PyTorch's layers have. On CUDA everything is multiplied and saved in that
+dtype, with sums in float32; on the CPU in float32. Weights are selected in their own dtype.
 """
 
 import math
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from swat_ext import _C
 from swat_ext.ops import convolution_size
 
 __all__ = [
+    "HAS_CUDA",
+    "HOW_TO_BUILD_CUDA",
     "Packed",
+    "autocast_input",
+    "check_tensor",
     "compress",
     "conv2d",
     "conv2d_packed",
@@ -25,9 +34,16 @@ __all__ = [
     "linear",
     "linear_input_view",
     "linear_packed",
+    "supported_dtypes",
 ]
 
-_DTYPES = (torch.float32, torch.float64)
+_FULL = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+HAS_CUDA = _C.build_info()["cuda"]
+HOW_TO_BUILD_CUDA = (
+    "this build of swat_ext has no CUDA kernels; where torch has CUDA and nvcc is on the PATH, run "
+    '"SWAT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ." in its sources'
+)
 _CONVOLUTIONS = {"sparse": "conv2d", "dense": "masked_conv2d"}
 
 IntPair = int | tuple[int, int] | list[int]
@@ -67,21 +83,86 @@ def keep_count(numel: int, sparsity: float) -> int:
     return int(((1 - Decimal(repr(float(sparsity)))) * numel).to_integral_value(ROUND_CEILING))
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for ``tensor``'s device and dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected dtype float32 or float64, got {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{name}: expected a CPU tensor, got device {tensor.device}; this version of swat_ext has CPU kernels alone"
+    kind = tensor.device.type
+    if kind == "cuda" and not HAS_CUDA:
+        raise NotImplementedError(f"{name}: expected a CPU tensor, got device {tensor.device}; {HOW_TO_BUILD_CUDA}")
+    if kind not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
+    if tensor.dtype not in supported_dtypes(tensor.device):
+        halves = ", bfloat16 or float16" if kind == "cuda" else ""
+        numbers = "float32, float64" if halves else "float32 or float64"
+        raise TypeError(f"{name}: expected dtype {numbers}{halves}, got {tensor.dtype}")
+
+
+def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Dtypes that there are kernels for on ``device``."""
+    return _FULL + _HALF if device.type == "cuda" else _FULL
+
+
+class _Cast(NamedTuple):
+    """Under autocast: the dtype that is computed in, and that of the result."""
+
+    compute: torch.dtype
+    result: torch.dtype
+
+
+def _autocast(input: object) -> _Cast | None:
+    """What ``torch.autocast`` asks of a layer with this input; None where it is off, or leaves the dtype alone (float64).
+
+    The CPU kernels have no half types: there the layer computes in float32 and rounds its result alone.
+    """
+    if not isinstance(input, Tensor) or input.dtype not in (torch.float32, *_HALF):
+        return None
+    kind = input.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return None
+    result = torch.get_autocast_dtype(kind)
+    return _Cast(torch.float32 if kind == "cpu" else result, result)
+
+
+def autocast_input(input: Tensor) -> Tensor:
+    """``input`` in the dtype that it is selected from, packed and computed in: another one than its own under autocast."""
+    cast = _autocast(input)
+    return input if cast is None else input.to(cast.compute)
+
+
+def _autocast_call(
+    function: Callable[..., Tensor],
+    cast: _Cast,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Packed,
+    packed_input: Packed | None,
+    *arguments: object,
+    **keywords: object,
+) -> Tensor:
+    """``function`` with everything cast, and autocast off so that it does not cast once more."""
+
+    def packed(tensor: Packed) -> Packed:
+        return tensor._replace(values=tensor.values.to(cast.compute))
+
+    with torch.autocast(input.device.type, enabled=False):
+        output = function(
+            input.to(cast.compute),
+            weight.to(cast.compute),
+            None if bias is None else bias.to(cast.compute),
+            packed(packed_weight),
+            None if packed_input is None else packed(packed_input),
+            *arguments,
+            **keywords,
         )
+        return output.to(cast.result)
 
 
 def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dtype != reference.dtype:
         raise TypeError(f"{name}: expected dtype {reference.dtype}, that of {reference_name}, got {tensor.dtype}")
     if tensor.device != reference.device:
@@ -141,7 +222,7 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
     """The ``k``-th largest ``|input|``, exactly, in linear time (spec: "Selection").
 
     Args:
-        input: float32 or float64, any shape and strides. NaN counts as larger than infinity.
+        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides. NaN counts as larger than infinity.
         k: from 1 to ``input.numel()``.
 
     Returns:
@@ -150,7 +231,7 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
     Raises:
         TypeError: wrong type or dtype. ValueError: ``k`` out of range.
     """
-    _check_tensor("input", input)
+    check_tensor("input", input)
     if not 1 <= k <= input.numel():
         raise ValueError(f"k: expected from 1 to input.numel() = {input.numel()}, got {k}")
     return torch.ops.swat_ext.kth_magnitude(input.detach(), k)
@@ -159,8 +240,10 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
 def compress(input: Tensor, threshold: float | Tensor) -> Packed:
     """Pack the elements of ``input`` that are not below ``threshold`` in magnitude and not exactly zero.
 
+    On CUDA this waits for the device, which alone knows how many those are; layers, which have a budget, do not wait.
+
     Args:
-        input: float32 or float64, any shape and strides.
+        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides.
         threshold: float or 0-dim tensor, at least 0. NaN and infinite elements are always kept.
 
     Returns:
@@ -169,7 +252,7 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
     Raises:
         TypeError, ValueError: wrong type, dtype or threshold.
     """
-    _check_tensor("input", input)
+    check_tensor("input", input)
     return Packed(
         *torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape
     )
@@ -214,7 +297,13 @@ def conv2d_packed(
     """
     if backend not in _CONVOLUTIONS:
         raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
-    _check_tensor("input", input)
+    cast = _autocast(input)
+    if cast is not None:
+        geometry = (stride, padding, dilation, groups)
+        return _autocast_call(
+            conv2d_packed, cast, input, weight, bias, packed_weight, packed_input, *geometry, backend=backend
+        )
+    check_tensor("input", input)
     _check_like("weight", weight, "input", input)
     if weight.dim() != 4:
         raise ValueError(f"weight: expected 4 dimensions [O, C / groups, kh, kw], got shape {tuple(weight.shape)}")
@@ -303,8 +392,9 @@ def conv2d(
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named. Second derivatives raise
         NotImplementedError.
     """
-    _check_tensor("input", input)
-    _check_tensor("weight", weight)
+    input = autocast_input(input)
+    check_tensor("input", input)
+    check_tensor("weight", weight)
     packed_input = None
     if torch.is_grad_enabled() and weight.requires_grad:
         packed_input = Packed(*_compress("activation_threshold", input, activation_threshold), input.shape)
@@ -352,6 +442,9 @@ def linear_packed(
     Raises:
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
     """
+    cast = _autocast(input)
+    if cast is not None:
+        return _autocast_call(linear_packed, cast, input, weight, bias, packed_weight, packed_input, backend=backend)
     _check_linear(input, weight)
     size = torch.Size((*weight.shape, 1, 1))
     output = conv2d_packed(
@@ -366,8 +459,11 @@ def linear_packed(
 
 
 def _check_linear(input: Tensor, weight: Tensor) -> None:
-    _check_tensor("input", input)
-    _check_like("weight", weight, "input", input)
+    check_tensor("input", input)
+    if _autocast(input) is None:
+        _check_like("weight", weight, "input", input)
+    else:
+        check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
@@ -396,6 +492,7 @@ def linear(
     Raises:
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
     """
+    input = autocast_input(input)
     _check_linear(input, weight)
     packed_input = None
     if torch.is_grad_enabled() and weight.requires_grad:

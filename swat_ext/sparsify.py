@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from swat_ext.config import SWATConfig
+from swat_ext.functional import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "sparsify_", "survey", "to_dense"]
@@ -211,10 +212,13 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is not a parameter of its own (weight_norm, spectral_norm, pruning)"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter"
-    if weight.dtype not in (torch.float32, torch.float64):
-        return f"its weight is {weight.dtype}; float32 and float64 are supported"
-    if weight.device.type not in ("cpu", "meta"):
-        return f"its weight is on {weight.device}; this version has CPU kernels alone"
+    if weight.dtype not in supported_dtypes(weight.device):
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in supported_dtypes(weight.device))
+        return f"its weight is {weight.dtype}; {names} are supported"
+    if weight.device.type not in ("cpu", "cuda", "meta"):
+        return f"its weight is on {weight.device}; there are kernels for CPU and CUDA"
+    if weight.device.type == "cuda" and not HAS_CUDA:
+        return f"its weight is on {weight.device}; {HOW_TO_BUILD_CUDA}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return None

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,11 +23,11 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-def run_setup(*arguments: str, torch: str = "installed", **environment: str) -> tuple[int, str]:
-    """Exit status and everything printed by setup.py where ``torch`` is of this version, or ``"none"``."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "SWAT_CUDA")}
+def run_setup(*arguments: str, torch_version: str = "installed", **environment: str) -> tuple[int, str]:
+    """Exit status and everything printed by setup.py where torch is of this version, or ``"none"``."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "SWAT_CUDA", "CUDA_HOME", "CUDA_PATH")}
     process = subprocess.run(
-        [sys.executable, "-c", RUN_SETUP, torch, "-q", *arguments],
+        [sys.executable, "-c", RUN_SETUP, torch_version, "-q", *arguments],
         cwd=ROOT,
         env=inherited | environment,
         stdout=subprocess.PIPE,
@@ -54,7 +55,7 @@ def refusal(status: int, output: str) -> str:
 
 
 def test_missing_torch_says_what_to_install(build: list[str]) -> None:
-    said = refusal(*run_setup(*build, torch="none"))
+    said = refusal(*run_setup(*build, torch_version="none"))
     assert "torch cannot be imported" in said
     assert sys.executable in said
     assert 'install "torch>=2.11"' in said
@@ -63,17 +64,17 @@ def test_missing_torch_says_what_to_install(build: list[str]) -> None:
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0a0+cpu"])
 def test_old_torch_says_both_versions(build: list[str], version: str) -> None:
-    said = refusal(*run_setup(*build, torch=version))
+    said = refusal(*run_setup(*build, torch_version=version))
     assert "torch 2.11 or newer" in said
     assert version in said
 
 
 def test_an_isolated_build_fails_before_pip_fetches_anything() -> None:
-    assert "torch cannot be imported" in refusal(*run_setup("dist_info", torch="none"))
+    assert "torch cannot be imported" in refusal(*run_setup("dist_info", torch_version="none"))
 
 
 def test_a_source_distribution_needs_no_torch(tmp_path: Path) -> None:
-    status, output = run_setup("egg_info", "--egg-base", str(tmp_path), torch="none")
+    status, output = run_setup("egg_info", "--egg-base", str(tmp_path), torch_version="none")
     assert status == 0, output
     assert list(tmp_path.glob("*.egg-info/PKG-INFO"))
 
@@ -84,10 +85,18 @@ def test_swat_cuda_is_validated(build: list[str], value: str) -> None:
     assert f"SWAT_CUDA: expected auto, 0 or 1, got '{value}'" in said
 
 
-def test_swat_cuda_1_fails_while_there_are_no_cuda_kernels(build: list[str]) -> None:
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_swat_cuda_1_fails_where_torch_has_no_cuda(build: list[str]) -> None:
     said = refusal(*run_setup(*build, SWAT_CUDA="1"))
     assert "SWAT_CUDA=1" in said
-    assert "set auto or 0" in said
+    assert f"torch {torch.__version__} has no CUDA" in said
+    assert "auto or 0" in said
+
+
+def test_swat_cuda_1_fails_where_there_is_no_toolkit(build: list[str]) -> None:
+    said = refusal(*run_setup(*build, SWAT_CUDA="1", CUDA_HOME="/nonexistent"))
+    assert "there is no nvcc" in said
+    assert "CUDA_HOME" in said
 
 
 @pytest.mark.parametrize(

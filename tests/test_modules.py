@@ -496,14 +496,6 @@ def test_half_precision_is_refused_by_name():
         layer(torch.randn(2, 3, dtype=torch.bfloat16))
 
 
-def test_autocast_is_refused_by_name():
-    model = nn.Sequential(nn.Linear(3, 3), SWATLinear(3, 4, sparsity=0.5))
-    with (
-        torch.autocast("cpu"),
-        pytest.raises(TypeError, match=r"^input: .* got torch.bfloat16; autocast is not supported"),
-    ):
-        model(torch.randn(2, 3))
-
 
 @pytest.mark.parametrize("name", ["sparsity", "activation_sparsity"])
 def test_constructors_check_their_settings(name):

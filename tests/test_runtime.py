@@ -38,7 +38,7 @@ def test_build_info() -> None:
     assert info["compiler"].startswith("gcc ")
     assert "-O3" in info["flags"].split()
     assert "-march=native" not in info["flags"]
-    assert info["cuda"] is False
+    assert info["cuda"] == torch._C._dispatch_has_kernel_for_dispatch_key("swat_ext::conv2d", "CUDA")
     assert tuple(int(part) for part in info["torch"].split(".")[:2]) >= (2, 11)
 
 

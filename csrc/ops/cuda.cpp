@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
     const OnDevice device(input);
     const cudaStream_t stream = device.stream();
     const int64_t numel = input.numel();
-    const Tensor source = input.dim() <= 4 ? input : torch::stable::contiguous(torch::stable::view(input, {numel}));
+    const Tensor source = input.dim() <= 4 ? input : torch::stable::reshape(input, {numel});
     Tensor mask = empty({mask_words(numel)}, ScalarType::Long, input);
     const Tensor counters = empty({2}, ScalarType::Long, input);  // kept, and whether that is too many
     const Tensor fresh = empty({}, input.scalar_type(), input);

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swat_ext import ops
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
-from swat_ext.functional import Packed, decompress
+from swat_ext.functional import Packed, check_tensor, decompress
 from swat_ext.modules.backend import Choice, choose_backend
 
 __all__ = ["SWATLayer"]
@@ -217,11 +217,10 @@ class SWATLayer(nn.Module):
         # Here and not only in functional: a selection must not see an input that the convolution then refuses.
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
-        if input.dtype != self.weight.dtype:
-            hint = "; autocast is not supported by sparse layers yet" if torch.is_autocast_enabled("cpu") else ""
-            raise TypeError(f"input: expected dtype {self.weight.dtype}, that of weight, got {input.dtype}{hint}")
-        if self.weight.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"weight: expected dtype float32 or float64, got {self.weight.dtype}")
+        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input: expected dtype {self.weight.dtype}, that of weight, got {input.dtype}")
+        if self.weight.device.type != "meta":
+            check_tensor("weight", self.weight)
         if input.device != self.weight.device:
             raise ValueError(f"input: expected device {self.weight.device}, that of weight, got {input.device}")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.config import Backend
-from swat_ext.functional import conv2d_packed
+from swat_ext.functional import autocast_input, conv2d_packed
 from swat_ext.modules.base import SWATLayer
 
 __all__ = ["SWATConv2d", "pad_by_index"]
@@ -75,6 +75,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
         self._check_input(input)
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
+        input = autocast_input(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = pad_by_index(input, self._reversed_padding_repeated_twice, self.padding_mode)

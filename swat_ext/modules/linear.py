@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.config import Backend
-from swat_ext.functional import linear_input_view, linear_packed
+from swat_ext.functional import autocast_input, linear_input_view, linear_packed
 from swat_ext.modules.base import SWATLayer
 
 __all__ = ["SWATLinear"]
@@ -51,6 +51,7 @@ class SWATLinear(SWATLayer, nn.Linear):
         self._check_input(input)
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
+        input = autocast_input(input)
         return linear_packed(
             input,
             self.weight,
