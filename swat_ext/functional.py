@@ -34,6 +34,8 @@ __all__ = [
     "linear",
     "linear_input_view",
     "linear_packed",
+    "padding_of_sides",
+    "prefers_channels_last",
     "supported_dtypes",
 ]
 
@@ -196,7 +198,7 @@ def _pair(name: str, value: IntPair, least: int) -> list[int]:
     return pair
 
 
-def _padding(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
     """Padding as ``[top, bottom, left, right]``."""
     if isinstance(padding, str):
         if padding == "valid":
@@ -211,10 +213,11 @@ def _padding(padding: str | IntPair, kernel: list[int], stride: list[int], dilat
     return [rows, rows, columns, columns]
 
 
-def _prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
+def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
     """PyTorch's rule for a convolution's output layout: channels_last if either argument is that and not also contiguous."""
     return any(
-        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous() for tensor in (input, weight)
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in (input, weight)
     )
 
 
@@ -253,9 +256,7 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
         TypeError, ValueError: wrong type, dtype or threshold.
     """
     check_tensor("input", input)
-    return Packed(
-        *torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape
-    )
+    return Packed(*torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape)
 
 
 def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
@@ -333,7 +334,7 @@ def conv2d_packed(
             raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
     strides = _pair("stride", stride, 1)
     dilations = _pair("dilation", dilation, 1)
-    paddings = _padding(padding, kernel, strides, dilations)
+    paddings = padding_of_sides(padding, kernel, strides, dilations)
     for axis, size in enumerate(convolution_size(input.shape, weight.shape, strides, paddings, dilations)[2:]):
         if size < 1:
             padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
@@ -341,7 +342,10 @@ def conv2d_packed(
                 f"input: expected a padded {('height', 'width')[axis]} of at least "
                 f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
             )
-    for name, packed, size in (("packed_weight", packed_weight, weight.shape), ("packed_input", packed_input, input.shape)):
+    for name, packed, size in (
+        ("packed_weight", packed_weight, weight.shape),
+        ("packed_input", packed_input, input.shape),
+    ):
         if packed is not None and packed.size != size:
             raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
     return getattr(torch.ops.swat_ext, _CONVOLUTIONS[backend])(
@@ -356,7 +360,7 @@ def conv2d_packed(
         paddings,
         dilations,
         groups,
-        _prefers_channels_last(input, weight),
+        prefers_channels_last(input, weight),
     )
 
 

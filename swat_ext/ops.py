@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 
-__all__ = ["REFRESH_SLACK", "capacity", "convolution_size", "mask_words"]
+__all__ = ["REFRESH_SLACK", "capacity", "convolution_size", "mask_words", "weight_grad"]
 
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
@@ -235,7 +235,7 @@ masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
 # --- Gradients ---------------------------------------------------------------------------------------------------------------
 
 
-def _weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
+def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
     """``conv2d_weight_grad`` at the float32 precision that the user allows PyTorch's own."""
     if grad_output.device.type != "cuda" or grad_output.dtype != torch.float32:
         return torch.ops.swat_ext.conv2d_weight_grad(grad_output, *arguments)
@@ -290,7 +290,7 @@ def _refuse_second_derivative(name: str) -> None:
     torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
 
 
-_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, _weight_grad)
+_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, weight_grad)
 _register_gradient(
     "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
 )

@@ -22,7 +22,7 @@ def assert_identical(got: Tensor, expected: Tensor, what: str) -> None:
     """Every bit equal, the sign of zero and the payload of NaN too."""
     assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    integer = {4: torch.int32, 8: torch.int64}[got.element_size()]
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     different = (got.contiguous().view(integer) != expected.contiguous().view(integer)).sum().item()
     assert different == 0, f"{what}: {different} of {got.numel()} elements differ"
 

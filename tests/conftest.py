@@ -43,10 +43,11 @@ def _cuda_skip_reason() -> str:
     return ""
 
 
-_needs_cuda = pytest.mark.skipif(bool(_cuda_skip_reason()), reason=_cuda_skip_reason())
+# Marks what needs a GPU, and kernels for it.
+needs_cuda = pytest.mark.skipif(bool(_cuda_skip_reason()), reason=_cuda_skip_reason())
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=_needs_cuda)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Runs the test once on every kind of device that has kernels here."""
     return torch.device(request.param)

@@ -148,11 +148,11 @@ def in_layout(tensor: Tensor, layout: str, rng: random.Random) -> Tensor:
             for start, size, step in zip(starts, tensor.shape, steps, strict=True)
         ]
         # NaN around it: reading a wrong element cannot go unseen.
-        view = torch.full(sizes, torch.nan, dtype=tensor.dtype)[tuple(slices)]
+        view = torch.full(sizes, torch.nan, dtype=tensor.dtype, device=tensor.device)[tuple(slices)]
         return view.copy_(tensor)
     if layout == "padded":
         shape = [*tensor.shape[:-1], tensor.shape[-1] + rng.randint(1, 9)]
-        view = torch.full(shape, torch.nan, dtype=tensor.dtype)[..., : tensor.shape[-1]]
+        view = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)[..., : tensor.shape[-1]]
         return view.copy_(tensor)
     if layout == "expanded":
         axes = [axis for axis, size in enumerate(tensor.shape) if size > 1]

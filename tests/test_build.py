@@ -25,7 +25,9 @@ runpy.run_path("setup.py", run_name="__main__")
 
 def run_setup(*arguments: str, torch_version: str = "installed", **environment: str) -> tuple[int, str]:
     """Exit status and everything printed by setup.py where torch is of this version, or ``"none"``."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "SWAT_CUDA", "CUDA_HOME", "CUDA_PATH")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("CXX", "SWAT_CUDA", "CUDA_HOME", "CUDA_PATH")
+    }
     process = subprocess.run(
         [sys.executable, "-c", RUN_SETUP, torch_version, "-q", *arguments],
         cwd=ROOT,

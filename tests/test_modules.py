@@ -496,7 +496,6 @@ def test_half_precision_is_refused_by_name():
         layer(torch.randn(2, 3, dtype=torch.bfloat16))
 
 
-
 @pytest.mark.parametrize("name", ["sparsity", "activation_sparsity"])
 def test_constructors_check_their_settings(name):
     for make in (lambda **settings: SWATConv2d(3, 4, 3, **settings), lambda **settings: SWATLinear(3, 4, **settings)):

@@ -58,8 +58,17 @@ def check_operators(home: str, sources: dict[str, list[str]]) -> list[str]:
     assert target is not None
     found = []
     for name in sources["CUDA_OPS"]:
-        command = [*shlex.split(os.environ.get("CXX", "c++")), *sources["CXX_FLAGS"], f"-DTORCH_TARGET_VERSION={target[1]}"]
-        command += ["-DSWAT_CUDA", f"-I{ROOT / 'csrc'}", f"-I{home}/include", *(f"-I{path}" for path in include_paths())]
+        command = [
+            *shlex.split(os.environ.get("CXX", "c++")),
+            *sources["CXX_FLAGS"],
+            f"-DTORCH_TARGET_VERSION={target[1]}",
+        ]
+        command += [
+            "-DSWAT_CUDA",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{home}/include",
+            *(f"-I{path}" for path in include_paths()),
+        ]
         status, output = run([*command, "-fsyntax-only", str(ROOT / "csrc" / name)])
         if status != 0:
             found += [f"csrc/{name} does not compile:", output]

@@ -3,15 +3,16 @@
 import copy
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from swat_ext import ops
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
-from swat_ext.functional import Packed, check_tensor, decompress
+from swat_ext.functional import Packed, check_tensor, decompress, padding_of_sides, prefers_channels_last
 from swat_ext.modules.backend import Choice, choose_backend
+from swat_ext.modules.measure import Problem, measured_choice
 
 __all__ = ["SWATLayer"]
 
@@ -176,12 +177,42 @@ class SWATLayer(nn.Module):
         """The kernels that this layer runs on, and why."""
         return self._choice
 
+    def _backend_for(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        stride: Any = (1, 1),
+        padding: Any = 0,
+        dilation: Any = (1, 1),
+        groups: int = 1,
+    ) -> Literal["sparse", "dense"]:
+        """The kernels for this 4-D input; "auto" on CUDA is measured at the first input of each shape.
+
+        Not while torch.compile traces: it takes the last choice, or that of the rule for layers that never ran.
+        """
+        if self._backend != "auto" or input.device.type != "cuda" or torch.compiler.is_compiling() or not input.numel():
+            return self._choice.backend
+        kernel, strides, dilations = list(weight.shape[2:]), list(stride), list(dilation)
+        problem = Problem(
+            tuple(input.shape),
+            tuple(weight.shape),
+            (strides[0], strides[1]),
+            tuple(padding_of_sides(padding, kernel, strides, dilations)),  # type: ignore[arg-type]
+            (dilations[0], dilations[1]),
+            groups,
+            prefers_channels_last(input, weight),
+            _kept(weight.numel(), self._weight_ratio),
+            _kept(input.numel(), self._activation_ratio),
+        )
+        self._choice = measured_choice(problem, input.dtype, input.device, self._choice)
+        return self._choice.backend
+
     def _settle_settings(self) -> None:
         """Derive from the settings what forward needs, as plain integers and strings: forward must trace."""
         self._weight_ratio = _kept_ratio(self._sparsity)
         self._activation_ratio = _kept_ratio(self.activation_sparsity)
         group_out_channels = self.weight.shape[0] // getattr(self, "groups", 1)
-        self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
+        self._choice: Choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
 
     # --- Selection
     # ---------------------------------------------------------------------------------------------------------

@@ -80,17 +80,16 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = pad_by_index(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
+        batched = input if input.dim() == 4 else input.unsqueeze(0)
+        geometry: Any = (self.stride, padding, self.dilation, self.groups)
         return conv2d_packed(
             input,
             self.weight,
             self.bias,
             self._select_weight(),
             self._select_activation(input),
-            self.stride,  # type: ignore[arg-type]
-            padding,
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            backend=self._choice.backend,
+            *geometry,
+            backend=self._backend_for(batched, self.weight, *geometry),
         )
 
     def _check_input(self, input: Tensor) -> None:

@@ -52,13 +52,14 @@ class SWATLinear(SWATLayer, nn.Linear):
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
         input = autocast_input(input)
+        view = linear_input_view(input)
         return linear_packed(
             input,
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(linear_input_view(input)),
-            backend=self._choice.backend,
+            self._select_activation(view),
+            backend=self._backend_for(view, self.weight[:, :, None, None]),
         )
 
     def _check_input(self, input: Tensor) -> None:

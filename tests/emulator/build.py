@@ -29,8 +29,20 @@ def load() -> None:
     newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
     _BUILD.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-DSWAT_EMULATE_CUDA", "-DSWAT_LIBRARY_NAME=swat_ext_emulated"]
-    flags += [f"-DTORCH_TARGET_VERSION={_TARGET}", f"-I{_HERE}", f"-I{_CSRC}", *(f"-I{path}" for path in include_paths())]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        "-DSWAT_EMULATE_CUDA",
+        "-DSWAT_LIBRARY_NAME=swat_ext_emulated",
+    ]
+    flags += [
+        f"-DTORCH_TARGET_VERSION={_TARGET}",
+        f"-I{_HERE}",
+        f"-I{_CSRC}",
+        *(f"-I{path}" for path in include_paths()),
+    ]
 
     def run(command: list[str]) -> None:
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

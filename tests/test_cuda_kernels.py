@@ -1,14 +1,15 @@
-"""The CUDA kernels and their operators, run thread by thread on the CPU, against the same oracle as everything else."""
+"""The CUDA kernels and their operators against the same oracle as everything else: on a GPU, and thread by thread on the CPU."""
 
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_identical
+from conftest import needs_cuda
 from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_tensor, random_threshold
 from torch import Tensor
 
@@ -24,56 +25,83 @@ _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 4e-3, t
 _TF32_TOLERANCE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def ops() -> Any:
+class Kernels(NamedTuple):
+    """The operators, and the device of their tensors."""
+
+    ops: Any
+    device: torch.device
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=needs_cuda)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "cuda":
+        return Kernels(torch.ops.swat_ext, torch.device("cuda"))
     emulator.load()
-    return torch.ops.swat_ext_emulated
+    return Kernels(torch.ops.swat_ext_emulated, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 5, 64, 1025, 5000])
-def test_kth_magnitude(ops: Any, size: int, dtype: torch.dtype, generator: torch.Generator) -> None:
-    plain = torch.randn(size, generator=generator).to(dtype)
+def test_kth_magnitude(kernels: Kernels, size: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    plain = torch.randn(size, generator=generator).to(kernels.device, dtype)
     special = plain.clone()
     special[::3], special[1::7], special[2::11] = 0, torch.nan, -torch.inf
     for values in (plain, special, torch.full_like(plain, -0.3), plain.relu(), plain[::2]):
         for k in {1, 2, values.numel() // 10, values.numel()} & set(range(1, values.numel() + 1)):
-            got, expected = ops.kth_magnitude(values, k), reference.kth_magnitude(values, k)
+            got, expected = kernels.ops.kth_magnitude(values, k), reference.kth_magnitude(values, k)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compress_and_decompress(ops: Any, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_compress_and_decompress(kernels: Kernels, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     rng = random.Random(layout)
-    sizes = [(2, 3, 5, 7), (3, 33, 7, 7), (2, 70, 8, 8), (1, 70, 1, 1), (2, 40, 12, 12), (70,), (1, 5, 1, 40), (0, 3, 4, 4), (3, 5, 7)]
+    sizes = [
+        (2, 3, 5, 7),
+        (3, 33, 7, 7),
+        (2, 70, 8, 8),
+        (1, 70, 1, 1),
+        (2, 40, 12, 12),
+        (70,),
+        (1, 5, 1, 40),
+        (0, 3, 4, 4),
+        (3, 5, 7),
+    ]
     for size in [*sizes, (2, 3, 2, 3, 4), (), (9, 130, 3, 3)]:
-        values = torch.randn(size, generator=generator).to(dtype)
+        values = torch.randn(size, generator=generator).to(kernels.device, dtype)
         if values.numel() > 20:
             values.view(-1)[3], values.view(-1)[9] = torch.nan, torch.inf
         input = in_layout(values, layout, rng)
         for threshold in (0.0, 0.75, 9.0, torch.nan):
-            got = ops.compress(input, torch.tensor(threshold, dtype=dtype))
+            got = kernels.ops.compress(input, torch.tensor(threshold, dtype=dtype, device=kernels.device))
             expected = reference.compress(input, threshold)
             assert_identical(got[1], expected.mask, f"mask of {size}, threshold {threshold}")
             assert torch.equal(got[0].nan_to_num(7), expected.values.nan_to_num(7)), f"values of {size}"
             for channels_last in [False, True][: 1 + (input.dim() == 4)]:
-                dense = ops.decompress(*got, size, channels_last)
+                dense = kernels.ops.decompress(*got, size, channels_last)
                 wanted = reference.decompress(expected)
                 assert torch.equal(dense.nan_to_num(7), wanted.nan_to_num(7)), f"{size}, channels_last {channels_last}"
 
 
 @pytest.mark.parametrize("values", ["gaussian", "ties", "relu"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_capacity(ops: Any, values: str, memory_format: torch.memory_format, generator: torch.Generator) -> None:
+def test_capacity(
+    kernels: Kernels, values: str, memory_format: torch.memory_format, generator: torch.Generator
+) -> None:
     """Length known beforehand; far too many: select again; still too many: the last ties go. The same as on the CPU."""
     input = torch.randn(3, 40, 11, 9, generator=generator)
-    input = {"gaussian": input, "ties": input.round(), "relu": input.relu()}[values].contiguous(memory_format=memory_format)
+    input = {"gaussian": input, "ties": input.round(), "relu": input.relu()}[values].contiguous(
+        memory_format=memory_format
+    )
+    on_device = input.to(kernels.device)
     for keep in (1, 300, 2000, input.numel()):
         length = swat_ops.capacity(keep, input.numel())
         for threshold in (0.0, 1.0, 2.5, 100.0):
             stale = torch.tensor(threshold)
-            got = ops.compress(input, stale, keep=keep, capacity=length)
+            got = [
+                part.cpu()
+                for part in kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, capacity=length)
+            ]
             expected = torch.ops.swat_ext.compress(input, stale, keep=keep, capacity=length)
             assert got[0].shape == (length,)
             assert_identical(got[0], expected[0], f"values, keep {keep}, threshold {threshold}")
@@ -81,9 +109,8 @@ def test_capacity(ops: Any, values: str, memory_format: torch.memory_format, gen
             exact = reference.compress(input, stale)
             if exact.values.numel() <= length:
                 assert_identical(got[1], exact.mask, "mask where enough room was")
-            dense = reference.decompress(reference.Packed(got[0][: exact.values.numel()], got[1], input.shape)) if (
-                exact.values.numel() <= length
-            ) else ops.decompress(*got, input.shape, False)
+            mask = got[1].to(kernels.device)
+            dense = kernels.ops.decompress(got[0].to(kernels.device), mask, input.shape, False).cpu()
             kept = dense != 0
             assert torch.equal(dense[kept], input[kept])
             if exact.values.numel() > length:
@@ -93,60 +120,72 @@ def test_capacity(ops: Any, values: str, memory_format: torch.memory_format, gen
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
-    difference = (got.double() - expected).norm().item()
+    difference = (got.cpu().double() - expected).norm().item()
     return difference / expected.norm().item() if difference else 0.0
 
 
-def _check(ops: Any, geometry: Geometry, rng: random.Random, dtype: torch.dtype) -> None:
+def _check(kernels: Kernels, geometry: Geometry, rng: random.Random, dtype: torch.dtype) -> None:
     sizes = (geometry.input_size, geometry.weight_size, geometry.output_size)
     positive = geometry.has_lone_sums or dtype not in (torch.float32, torch.float64)
     input, weight, grad = (
-        in_layout(random_tensor(size, dtype, rng, positive=positive), rng.choice(LAYOUTS), rng) for size in sizes
+        in_layout(random_tensor(size, dtype, rng, positive=positive).to(kernels.device), rng.choice(LAYOUTS), rng)
+        for size in sizes
     )
-    bias = random_tensor(sizes[1][:1], dtype, rng, positive=positive) if rng.random() < 0.5 else None
-    thresholds = [torch.tensor(random_threshold(tensor.float(), rng), dtype=dtype) for tensor in (weight, input)]
-    packed_weight, packed_input = ops.compress(weight, thresholds[0]), ops.compress(input, thresholds[1])
+    bias = random_tensor(sizes[1][:1], dtype, rng, positive=positive).to(kernels.device) if rng.random() < 0.5 else None
+    thresholds = [
+        torch.tensor(random_threshold(tensor.float(), rng), dtype=dtype, device=kernels.device)
+        for tensor in (weight, input)
+    ]
+    packed_weight, packed_input = (
+        kernels.ops.compress(weight, thresholds[0]),
+        kernels.ops.compress(input, thresholds[1]),
+    )
     arguments, channels_last = geometry.arguments, rng.random() < 0.5
     shapes = (input.shape, weight.shape)
     got = {
-        "output": ops.conv2d(input, weight, bias, *packed_weight, *packed_input, *arguments, channels_last),
-        "input gradient": ops.conv2d_input_grad(grad, *packed_weight, *shapes[::-1], *arguments, channels_last),
-        "weight gradient": ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments),
+        "output": kernels.ops.conv2d(input, weight, bias, *packed_weight, *packed_input, *arguments, channels_last),
+        "input gradient": kernels.ops.conv2d_input_grad(grad, *packed_weight, *shapes[::-1], *arguments, channels_last),
+        "weight gradient": kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments),
     }
     top, bottom, left, right = geometry.padding
-    x, w = (tensor.detach().double().contiguous().requires_grad_() for tensor in (input, weight))
-    kept = [reference.top(tensor, threshold).double().contiguous() for tensor, threshold in zip((weight, input), thresholds, strict=True)]
+    x, w = (tensor.detach().cpu().double().contiguous().requires_grad_() for tensor in (input, weight))
+    kept = [
+        reference.top(tensor, threshold).cpu().double().contiguous()
+        for tensor, threshold in zip((weight, input), thresholds, strict=True)
+    ]
 
     def convolve(x: Tensor, w: Tensor) -> Tensor:
-        b = None if bias is None else bias.double()
+        b = None if bias is None else bias.cpu().double()
         return F.conv2d(F.pad(x, (left, right, top, bottom)), w, b, arguments[0], 0, arguments[2], arguments[3])
 
     output = convolve(x, kept[0])
     expected = {
         "output": output,
-        "input gradient": torch.autograd.grad(output, x, grad.double())[0],
-        "weight gradient": torch.autograd.grad(convolve(kept[1], w), w, grad.double())[0],
+        "input gradient": torch.autograd.grad(output, x, grad.cpu().double())[0],
+        "weight gradient": torch.autograd.grad(convolve(kept[1], w), w, grad.cpu().double())[0],
     }
     for name, result in got.items():
         error = _relative(result, expected[name])
         assert error <= _TOLERANCE[dtype], f"{name} of {geometry}, {dtype}: {error:.3g}"
-    again = ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments)
+    again = kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments)
     assert_identical(again.float(), got["weight gradient"].float(), f"a second weight gradient of {geometry}")
     if dtype == torch.float32:
-        rounded = ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments, allow_tf32=True)
+        rounded = kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments, allow_tf32=True)
         error = _relative(rounded, expected["weight gradient"])
         assert error <= _TF32_TOLERANCE, f"weight gradient in tf32 of {geometry}: {error:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_random_convolutions(ops: Any, dtype: torch.dtype) -> None:
+def test_random_convolutions(kernels: Kernels, dtype: torch.dtype) -> None:
     for number in range(30):
         rng = random.Random(f"{dtype} {number}")
-        _check(ops, random_geometry(rng), rng, dtype)
+        _check(kernels, random_geometry(rng), rng, dtype)
 
 
 _LARGE = {
-    "several blocks of rows, several passes over channels": Geometry(2, 1, 150, 140, 9, 9, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+    "several blocks of rows, several passes over channels": Geometry(
+        2, 1, 150, 140, 9, 9, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)
+    ),
     "no patch fits": Geometry(1, 2, 3, 2, 150, 140, (2, 2), (1, 1), (0, 0, 0, 0), (120, 110)),
     "wide taps": Geometry(1, 1, 2, 3, 60, 8, (9, 7), (2, 1), (4, 3, 0, 5), (3, 1)),
     "7x7 stem": Geometry(2, 1, 3, 24, 30, 30, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)),
@@ -156,17 +195,21 @@ _LARGE = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", _LARGE)
-def test_large_convolutions(ops: Any, name: str, dtype: torch.dtype) -> None:
-    _check(ops, _LARGE[name], random.Random(name), dtype)
+def test_large_convolutions(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    _check(kernels, _LARGE[name], random.Random(name), dtype)
 
 
-def test_a_pixel_that_is_not_there_adds_no_nan(ops: Any, generator: torch.Generator) -> None:
+def test_a_pixel_that_is_not_there_adds_no_nan(kernels: Kernels, generator: torch.Generator) -> None:
     """Tiles reach past the image: what lies there times a gradient of zero must not be NaN."""
     input = torch.randn(2, 5, 9, 9, generator=generator)
     input[:, :, 8, 8] = torch.nan  # stride 3 with kernel 2 never reads it
     grad = torch.randn(2, 4, 3, 3, generator=generator)
     for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        packed = ops.compress(input.to(dtype), torch.tensor(0.0, dtype=dtype))
+        packed = kernels.ops.compress(
+            input.to(kernels.device, dtype), torch.tensor(0.0, dtype=dtype, device=kernels.device)
+        )
         geometry = ((3, 3), (0, 0, 0, 0), (1, 1), 1)
-        result = ops.conv2d_weight_grad(grad.to(dtype), *packed, input.shape, (4, 5, 2, 2), *geometry, allow_tf32=tf32)
+        result = kernels.ops.conv2d_weight_grad(
+            grad.to(kernels.device, dtype), *packed, input.shape, (4, 5, 2, 2), *geometry, allow_tf32=tf32
+        )
         assert result.isfinite().all()
