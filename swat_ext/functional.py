@@ -102,16 +102,16 @@ def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _pair(name: str, value: IntPair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, (tuple, list)) else [value]
+    # Sizes being traced are torch.SymInt.
+    if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):
+        raise TypeError(f"{name}: expected one or two integers, got {value!r}")
     if len(pair) == 1:
         pair = pair * 2
     if len(pair) != 2:
         raise ValueError(f"{name}: expected one or two integers, got {value!r}")
-    for item in pair:
-        if isinstance(item, (bool, float)):
-            raise TypeError(f"{name}: expected integers, got {value!r}")
-        if item < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
     return pair
 
 
@@ -151,6 +151,8 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
         TypeError: wrong type or dtype. ValueError: ``k`` out of range.
     """
     _check_tensor("input", input)
+    if not isinstance(k, int):
+        raise TypeError(f"k: expected an integer, got {k!r}")
     if not 1 <= k <= input.numel():
         raise ValueError(f"k: expected from 1 to input.numel() = {input.numel()}, got {k}")
     return torch.ops.swat_ext.kth_magnitude(input.detach(), k)
@@ -234,8 +236,8 @@ def conv2d_packed(
             f"input: expected {group_channels * groups} channels (weight.shape[1] * groups), got {input.shape[1]} "
             f"in shape {tuple(input.shape)}"
         )
-    if out_channels % groups:
-        raise ValueError(f"weight: expected output channels divisible by groups = {groups}, got {out_channels}")
+    if out_channels < 1 or out_channels % groups:
+        raise ValueError(f"weight: expected at least 1 output channel, and a multiple of groups = {groups}, got {out_channels}")
     if min(kernel) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if bias is not None:
@@ -245,7 +247,8 @@ def conv2d_packed(
     strides = _pair("stride", stride, 1)
     dilations = _pair("dilation", dilation, 1)
     paddings = _padding(padding, kernel, strides, dilations)
-    for axis, size in enumerate(convolution_size(input.shape, weight.shape, strides, paddings, dilations)[2:]):
+    output_size = convolution_size(input.shape, weight.shape, strides, paddings, dilations)
+    for axis, size in enumerate(output_size[2:]):
         if size < 1:
             padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
             raise ValueError(
@@ -253,8 +256,15 @@ def conv2d_packed(
                 f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
             )
     for name, packed, size in (("packed_weight", packed_weight, weight.shape), ("packed_input", packed_input, input.shape)):
-        if packed is not None and packed.size != size:
+        if packed is None:
+            continue
+        if packed.size != size:
             raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
+        _check_like(name, packed.values, "input", input)
+    if group_channels == 0:
+        # A sum of nothing, which still leads back to both arguments.
+        nothing = (input.sum() + weight.sum()).expand(output_size)
+        return nothing.clone() if bias is None else nothing + bias[:, None, None]
     return getattr(torch.ops.swat_ext, _CONVOLUTIONS[backend])(
         input,
         weight,
@@ -319,12 +329,8 @@ def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Ten
 
 
 def linear_input_view(input: Tensor) -> Tensor:
-    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows.
-
-    No rows make an empty batch instead, ``[0, in_features, 1, 1]``: an image has at least one pixel.
-    """
-    rows = math.prod(input.shape[:-1])
-    return input.reshape(min(rows, 1), 1, max(rows, 1), input.shape[-1]).permute(0, 3, 1, 2)
+    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
+    return input.reshape(1, 1, math.prod(input.shape[:-1]), input.shape[-1]).permute(0, 3, 1, 2)
 
 
 def linear_packed(
@@ -353,6 +359,9 @@ def linear_packed(
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
     """
     _check_linear(input, weight)
+    if input.numel() == 0 or weight.numel() == 0:
+        # Nothing to multiply: no image has so few pixels, and PyTorch's own layer costs nothing.
+        return torch.nn.functional.linear(input, weight, bias)
     size = torch.Size((*weight.shape, 1, 1))
     output = conv2d_packed(
         linear_input_view(input),

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <bit>
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -55,7 +56,8 @@ inline void check_size(const char* name, const Ints& size, const Ints& expected)
 
 inline int64_t mask_words(int64_t numel) { return (numel + 63) / 64 + (numel + cpu::kBlockBits - 1) / cpu::kBlockBits; }
 
-// That (values, mask) are laid out as the packed form of `numel` elements; the kernels trust the bits themselves.
+// That (values, mask) are laid out as the packed form of `numel` elements. The last block says how many values there must be; the
+// blocks before it are trusted.
 inline void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), name, "_values: expected one contiguous dimension, got size ",
                   to_string(sizes(values)));
@@ -63,6 +65,13 @@ inline void check_packed(const char* name, const Tensor& values, const Tensor& m
                   "_mask: expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
   STD_TORCH_CHECK(mask.size(0) == mask_words(numel), name, "_mask: expected ", mask_words(numel), " words for ", numel,
                   " elements, got ", mask.size(0));
+  const int64_t* words = mask.const_data_ptr<int64_t>();
+  int64_t kept = numel == 0 ? 0 : words[mask.size(0) - 1];
+  for (int64_t i = (numel - 1) / cpu::kBlockBits * (cpu::kBlockBits / 64); i < (numel + 63) / 64; ++i) {
+    kept += std::popcount(static_cast<uint64_t>(words[i]));
+  }
+  STD_TORCH_CHECK(values.size(0) == kept, name, "_values: expected ", kept, " elements, as the mask counts, got ",
+                  values.size(0));
 }
 
 // The geometry of a convolution of `input` size [N, C, H, W] with `weight` size [O, C / groups, kh, kw].
