@@ -59,8 +59,8 @@ inline int64_t mask_words(int64_t numel) { return (numel + 63) / 64 + (numel + c
 // That (values, mask) are laid out as the packed form of `numel` elements. The last block says how many values there must be; the
 // blocks before it are trusted.
 inline void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), name, "_values: expected one contiguous dimension, got size ",
-                  to_string(sizes(values)));
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), name,
+                  "_values: expected one contiguous dimension, got size ", to_string(sizes(values)));
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Long && mask.dim() == 1 && mask.is_contiguous(), name,
                   "_mask: expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
   STD_TORCH_CHECK(mask.size(0) == mask_words(numel), name, "_mask: expected ", mask_words(numel), " words for ", numel,
@@ -78,9 +78,10 @@ inline void check_packed(const char* name, const Tensor& values, const Tensor& m
 inline cpu::ConvGeometry make_geometry(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                                        const Ints& dilation, int64_t groups) {
   STD_TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions [N, C, H, W], got size ", to_string(input));
-  STD_TORCH_CHECK(weight.size() == 4, "weight: expected 4 dimensions [O, C / groups, kh, kw], got size ", to_string(weight));
-  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride: expected two integers of at least 1, got ",
-                  to_string(stride));
+  STD_TORCH_CHECK(weight.size() == 4, "weight: expected 4 dimensions [O, C / groups, kh, kw], got size ",
+                  to_string(weight));
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                  "stride: expected two integers of at least 1, got ", to_string(stride));
   STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0,
                   "dilation: expected two integers of at least 1, got ", to_string(dilation));
   STD_TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
@@ -108,8 +109,8 @@ inline cpu::ConvGeometry make_geometry(const Ints& input, const Ints& weight, co
   g.pad_left = padding[2];
   const int64_t spare_height = g.in_height + padding[0] + padding[1] - g.dilation_height * (g.kernel_height - 1) - 1;
   const int64_t spare_width = g.in_width + padding[2] + padding[3] - g.dilation_width * (g.kernel_width - 1) - 1;
-  STD_TORCH_CHECK(spare_height >= 0 && spare_width >= 0, "input: expected at least the dilated kernel once padded, got size ",
-                  to_string(input));
+  STD_TORCH_CHECK(spare_height >= 0 && spare_width >= 0,
+                  "input: expected at least the dilated kernel once padded, got size ", to_string(input));
   g.out_height = spare_height / g.stride_height + 1;
   g.out_width = spare_width / g.stride_width + 1;
   return g;

@@ -4,7 +4,8 @@
 // with the gradients of up to 3 x 3 taps times one vector (or more) of output channels in registers.
 
 template <typename T>
-using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run, T* out);
+using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run,
+                           T* out);
 
 // out[tap][kV * lanes] (+)= sum over the entries of value * dy.
 template <typename T, int kRows, int kColumns, int kV>
@@ -69,8 +70,9 @@ template <typename T>
 TapKernel<T> tap_kernel(const TapRun& run, int64_t vectors) {
   TapKernel<T> kernel = nullptr;
   [&]<int... kI>(std::integer_sequence<int, kI...>) {
-    ((run.rows == kI / 3 + 1 && run.columns == kI % 3 + 1 ? void(kernel = tap_kernel_of<T, kI / 3 + 1, kI % 3 + 1>(vectors))
-                                                          : void()),
+    ((run.rows == kI / 3 + 1 && run.columns == kI % 3 + 1
+          ? void(kernel = tap_kernel_of<T, kI / 3 + 1, kI % 3 + 1>(vectors))
+          : void()),
      ...);
   }(std::make_integer_sequence<int, 9>{});
   return kernel;
@@ -126,9 +128,8 @@ GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, 
       const T* value = p.input.values + rank(p.input, begin);
       const int32_t* pixel = p.pixel + r * row_pixels;
       if (p.class_count == 1) {
-        for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
-          *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
-        });
+        for_each_bit(p.input.words, begin, begin + run_bits,
+                     [&](int64_t i) { *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)}; });
       } else {
         const uint8_t* pixel_class = p.pixel_class + r * row_pixels;
         for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
@@ -241,7 +242,8 @@ void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t chan
       for (int64_t block = 0; block < output_blocks; ++block) {
         for (int64_t tile = begin; tile < end; ++tile) {
           pack_grad(p, tile_bounds(p, tile), group * g.group_out() + block * width,
-                    std::min(width, g.group_out() - block * width), scratch.grad.data() + (tile - begin) * tile_elements);
+                    std::min(width, g.group_out() - block * width),
+                    scratch.grad.data() + (tile - begin) * tile_elements);
         }
         T* const partial =
             p.partial + ((slice * g.groups + group) * output_blocks + block) * g.group_in() * g.taps() * width;

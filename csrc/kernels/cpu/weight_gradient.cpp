@@ -20,11 +20,10 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   const Kernels<T>& kernels = table.of<T>();
   const int64_t lanes = kernels.lanes;
   const double kept = static_cast<double>(input.ranks[(input.numel - 1) / kBlockBits]);
-  const WeightGradPlan plan = plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors,
-                                               kept / static_cast<double>(input.numel));
+  const WeightGradPlan plan =
+      plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors, kept / static_cast<double>(input.numel));
   const int64_t width = plan.vectors * lanes;
-  const int64_t slice_elements =
-      g.groups * ((g.group_out() + width - 1) / width) * g.group_in() * g.taps() * width;
+  const int64_t slice_elements = g.groups * ((g.group_out() + width - 1) / width) * g.group_in() * g.taps() * width;
   Buffer<T> partial(plan.slices * slice_elements);
 
   WeightGradParams<T> params;
@@ -64,8 +63,7 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
                                 scratch);
     }
   });
-  parallel(g.in_channels, 1,
-           [&](int64_t begin, int64_t end) { kernels.weight_grad_reduce(params, begin, end); });
+  parallel(g.in_channels, 1, [&](int64_t begin, int64_t end) { kernels.weight_grad_reduce(params, begin, end); });
 }
 
 template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
