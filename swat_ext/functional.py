@@ -1,8 +1,8 @@
 """Sparse convolution and linear as pure functions, for anyone's own layer and for tests.
 
-Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved for the
-gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969, section 2): the
-input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
+Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved
+for the gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969):
+the input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
 """
 
 import math
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 
     Attributes:
         values: ``[kept]``, the kept elements in logical row-major order.
-        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept elements before each 1024.
+        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept before each 1024.
         size: shape of the dense tensor.
     """
 
@@ -88,6 +88,12 @@ def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tenso
         raise ValueError(f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}")
 
 
+def _check_packed(name: str, packed: Packed, size: torch.Size, input: Tensor) -> None:
+    if packed.size != size:
+        raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
+    _check_like(name, packed.values, "input", input)
+
+
 def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
     """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
     if isinstance(threshold, Tensor):
@@ -131,9 +137,10 @@ def _padding(padding: str | IntPair, kernel: list[int], stride: list[int], dilat
 
 
 def _prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """PyTorch's rule for a convolution's output layout: channels_last if either argument is that and not also contiguous."""
+    """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
     return any(
-        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous() for tensor in (input, weight)
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in (input, weight)
     )
 
 
@@ -172,9 +179,8 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
         TypeError, ValueError: wrong type, dtype or threshold.
     """
     _check_tensor("input", input)
-    return Packed(
-        *torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape
-    )
+    values, mask = _compress("threshold", input, threshold)
+    return Packed(values, mask, input.shape)
 
 
 def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
@@ -237,7 +243,9 @@ def conv2d_packed(
             f"in shape {tuple(input.shape)}"
         )
     if out_channels < 1 or out_channels % groups:
-        raise ValueError(f"weight: expected at least 1 output channel, and a multiple of groups = {groups}, got {out_channels}")
+        raise ValueError(
+            f"weight: expected at least 1 output channel, and a multiple of groups = {groups}, got {out_channels}"
+        )
     if min(kernel) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if bias is not None:
@@ -248,19 +256,16 @@ def conv2d_packed(
     dilations = _pair("dilation", dilation, 1)
     paddings = _padding(padding, kernel, strides, dilations)
     output_size = convolution_size(input.shape, weight.shape, strides, paddings, dilations)
-    for axis, size in enumerate(output_size[2:]):
-        if size < 1:
+    for axis, extent in enumerate(output_size[2:]):
+        if extent < 1:
             padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
             raise ValueError(
                 f"input: expected a padded {('height', 'width')[axis]} of at least "
                 f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
             )
-    for name, packed, size in (("packed_weight", packed_weight, weight.shape), ("packed_input", packed_input, input.shape)):
-        if packed is None:
-            continue
-        if packed.size != size:
-            raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
-        _check_like(name, packed.values, "input", input)
+    _check_packed("packed_weight", packed_weight, weight.shape, input)
+    if packed_input is not None:
+        _check_packed("packed_input", packed_input, input.shape, input)
     if group_channels == 0:
         # A sum of nothing, which still leads back to both arguments.
         nothing = (input.sum() + weight.sum()).expand(output_size)
@@ -295,8 +300,8 @@ def conv2d(
 ) -> Tensor:
     """SWAT's convolution (paper, algorithm 1; spec: "One layer").
 
-    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed, never the dense
-    input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and is dense.
+    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed, never the
+    dense input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and is dense.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, float32 or float64, any strides, any batch size from 0.

@@ -50,7 +50,7 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
               uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate) {
   const Kernels<T>& kernels = table.of<T>();
   const int64_t planes = view.pixels == 0 ? 0 : ceil_div(view.numel, view.pixels);
-  std::memset(words, 0, ceil_div(view.numel, 64) * sizeof(uint64_t));
+  std::fill_n(words, ceil_div(view.numel, 64), uint64_t{0});
 
   // Values go to a buffer of the range's own first, since where they belong is known only once all are counted.
   struct Part {
