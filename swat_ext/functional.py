@@ -1,8 +1,8 @@
 """Sparse convolution and linear as pure functions, for anyone's own layer and for tests.
 
-Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved
-for the gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969):
-the input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
+Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is
+saved for the gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv
+2001.01969): the input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
 """
 
 import math
@@ -300,8 +300,9 @@ def conv2d(
 ) -> Tensor:
     """SWAT's convolution (paper, algorithm 1; spec: "One layer").
 
-    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed, never the
-    dense input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and is dense.
+    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed,
+    never the dense input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and
+    is dense.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, float32 or float64, any strides, any batch size from 0.

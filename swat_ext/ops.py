@@ -1,11 +1,13 @@
 """What PyTorch's compiler and autograd need to know of the operators in ``torch.ops.swat_ext``.
 
-The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their gradient, so
-that they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two are written here because they are pure
-composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold and compression).
+The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their
+gradient, so that they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two are written here because
+they are pure composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold
+and compression).
 
-A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64: one bit
-an element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before them).
+A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64:
+one bit an element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before
+them).
 """
 
 from collections.abc import Callable, Sequence
@@ -290,7 +292,8 @@ def select(
         owner: the layer's weight; a new version of it counts as an optimizer step, however many forwards pass between.
         threshold: 0-dim, dtype of ``input``; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
         clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1:
-            not known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at once).
+            not known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at
+            once).
         slot: 0 for the weight, 1 for the activation.
         keep: number of elements to keep, at least 1 unless ``input`` is empty.
         period: optimizer steps from one selection to the next.
