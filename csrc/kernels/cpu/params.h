@@ -138,6 +138,11 @@ struct TapRun {
   int32_t pixel, row_step, column_step;  // pixels of the dy tile from an entry's position to the first tap's; likewise
 };
 
+// Adds one list of activations to the gradients of a run's taps: out[tap][vectors * lanes] += value * dy.
+template <typename T>
+using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run,
+                           T* out);
+
 // Activations whose coordinates agree modulo the stride meet the same taps: runs [begin, end).
 struct TapClass {
   int32_t run_begin, run_end;
@@ -156,13 +161,15 @@ struct WeightGradParams {
   const int32_t* pixel;        // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
   const uint8_t* pixel_class;  // the same, class of the pixel
   const TapRun* runs;
+  const TapKernel<T>* kernels;  // of each run
   const TapClass* classes;
   int64_t class_count;
-  int64_t vectors;      // output channels of one pass, in vectors: 1, 2, 4 or 8
-  int64_t batch_tiles;  // tiles whose dy is packed together
-  int64_t slices;       // parts of the tiles that are summed apart, so that threads can share a small dW
-  T* partial;           // [slices, groups, output blocks, group_in, taps, vectors * lanes]
-  T* grad_weight;       // [out_channels, group_in, taps]
+  int64_t vectors;          // output channels of one pass, in vectors: 1, 2, 4 or 8
+  int64_t batch_tiles;      // tiles whose dy is packed together
+  int64_t blocks_together;  // blocks of `vectors` output channels whose dy is packed together
+  int64_t slices;           // parts of the tiles that are summed apart, so that threads can share a small dW
+  T* partial;      // [slices, groups, output blocks, group_in, taps, vectors * lanes]; null: one batch holds all tiles
+  T* grad_weight;  // [out_channels, group_in, taps]
 
   int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
 };
