@@ -6,6 +6,8 @@
 #   make bench      time the convolutions against dense PyTorch
 #   make cpp-test   the C++ tests alone        make sanitize   those under ASan and UBSan
 #   make format     let ruff and clang-format rewrite the sources
+#   make cuda-check compile the CUDA kernels for sm_80 and sm_90 and look for spills; needs nvcc and no GPU
+#   make gpu        on a machine with a GPU: build, CUDA tests, compute-sanitizer, benches; installs nothing
 #   make clean      remove what was built      make distclean  the environment too
 #
 # Variables: PYTHON (3.11 or newer), VENV, TORCH (what pip installs as torch, unless PYTHON already has one that will do),
@@ -26,12 +28,12 @@ CMAKE_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f)
-CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 # make's own default is g++, and torch's c++.
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TORCH_WILL_DO := import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)
 
-.PHONY: help demo test lint bench format python-test cpp-test sanitize build system cmake clean distclean
+.PHONY: help demo test lint bench format cuda-check gpu python-test cpp-test sanitize build system cmake clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +59,15 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+# --- CUDA ---
+
+cuda-check: $(VENV)/.stamp-torch
+	$(BIN)/python tools/cuda_check.py
+
+# With the torch of PYTHON and what it has installed: the machines that GPUs are lent on may reach no package index.
+gpu:
+	PYTHON="$(PYTHON)" tools/gpu.sh
 
 # --- The environment and the extension ---
 

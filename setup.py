@@ -1,8 +1,8 @@
 """Build of the compiled extension ``swat_ext._C``; everything else about the package is in pyproject.toml.
 
 Environment: ``CXX`` names the C++ compiler, ``MAX_JOBS`` is the number of compilations at once, and ``SWAT_CUDA``
-(``auto``, ``0`` or ``1``) says whether CUDA kernels are built: ``auto`` builds them where torch has CUDA and there is an nvcc, ``1``
-fails where that is not so. ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the architectures.
+(``auto``, ``0`` or ``1``) says whether CUDA kernels are built: ``auto`` builds them where torch has CUDA and there is
+an nvcc, ``1`` fails where that is not so. ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the architectures.
 """
 
 import os
@@ -111,7 +111,7 @@ def extension(sources: dict[str, Any], torch_version: str, cuda: bool) -> Extens
         version = tomllib.load(file)["project"]["version"]
     flags: list[str] = [*sources["CXX_FLAGS"], "-g0"]
     names = sources["CPU_KERNELS"] + sources["OPS"] + sources["RUNTIME"]
-    # Not CppExtension or CUDAExtension: they also link c10 and torch_python, whose C++ ABI changes with each release of torch.
+    # Not torch's own extension classes: they also link c10 and torch_python, whose C++ ABI changes with each release.
     libraries = ["torch", "torch_cpu"]
     device = "cuda" if cuda else "cpu"
     if cuda:

@@ -31,8 +31,8 @@ __all__ = ["Comparison", "Outcome", "compare", "main"]
 
 # The size of the demo: under six minutes on two cores, most of it the dense run.
 WIDTH = 0.5
-EPOCHS = 8
-SAMPLES = 4096
+EPOCHS = 6
+SAMPLES = 3072
 TEST_SAMPLES = 2048
 BATCH_SIZE = 64
 SPARSITY = 0.9

@@ -1,11 +1,11 @@
 """Sparse convolution and linear as pure functions, for anyone's own layer and for tests.
 
-Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is saved for the
-gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv 2001.01969, section 2): the
-input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
+Nothing here keeps state. What multiplies is ``top(weight)``, the elements with ``|w| >= weight_threshold``; what is
+saved for the gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv
+2001.01969): the input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
 
-Under ``torch.autocast`` results have its dtype, as those of PyTorch's layers have. On CUDA everything is multiplied and saved in that
-dtype, with sums in float32; on the CPU in float32. Weights are selected in their own dtype.
+Under ``torch.autocast`` results have its dtype, as those of PyTorch's layers have. On CUDA everything is multiplied and
+saved in that dtype, with sums in float32; on the CPU in float32. Weights are selected in their own dtype.
 """
 
 import math
@@ -56,7 +56,7 @@ class Packed(NamedTuple):
 
     Attributes:
         values: ``[kept]``, the kept elements in logical row-major order; may be longer, the rest is not read.
-        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept elements before each 1024.
+        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept before each 1024.
         size: shape of the dense tensor.
     """
 
@@ -86,7 +86,7 @@ def keep_count(numel: int, sparsity: float) -> int:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for ``tensor``'s device and dtype."""
+    """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for such a ``tensor``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -115,7 +115,7 @@ class _Cast(NamedTuple):
 
 
 def _autocast(input: object) -> _Cast | None:
-    """What ``torch.autocast`` asks of a layer with this input; None where it is off, or leaves the dtype alone (float64).
+    """What ``torch.autocast`` asks of a layer with this input; None where it is off or leaves it alone (float64).
 
     The CPU kernels have no half types: there the layer computes in float32 and rounds its result alone.
     """
@@ -129,7 +129,7 @@ def _autocast(input: object) -> _Cast | None:
 
 
 def autocast_input(input: Tensor) -> Tensor:
-    """``input`` in the dtype that it is selected from, packed and computed in: another one than its own under autocast."""
+    """``input`` in the dtype that is selected, packed and computed in: not always its own under autocast."""
     cast = _autocast(input)
     return input if cast is None else input.to(cast.compute)
 
@@ -171,6 +171,12 @@ def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tenso
         raise ValueError(f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}")
 
 
+def _check_packed(name: str, packed: Packed, size: torch.Size, input: Tensor) -> None:
+    if packed.size != size:
+        raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
+    _check_like(name, packed.values, "input", input)
+
+
 def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
     """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
     if isinstance(threshold, Tensor):
@@ -185,16 +191,16 @@ def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _pair(name: str, value: IntPair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, (tuple, list)) else [value]
+    # Sizes being traced are torch.SymInt.
+    if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):
+        raise TypeError(f"{name}: expected one or two integers, got {value!r}")
     if len(pair) == 1:
         pair = pair * 2
     if len(pair) != 2:
         raise ValueError(f"{name}: expected one or two integers, got {value!r}")
-    for item in pair:
-        if isinstance(item, (bool, float)):
-            raise TypeError(f"{name}: expected integers, got {value!r}")
-        if item < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
     return pair
 
 
@@ -214,7 +220,7 @@ def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int
 
 
 def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """PyTorch's rule for a convolution's output layout: channels_last if either argument is that and not also contiguous."""
+    """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
     return any(
         tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
         for tensor in (input, weight)
@@ -225,7 +231,8 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
     """The ``k``-th largest ``|input|``, exactly, in linear time (spec: "Selection").
 
     Args:
-        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides. NaN counts as larger than infinity.
+        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides. NaN counts as larger than
+            infinity.
         k: from 1 to ``input.numel()``.
 
     Returns:
@@ -235,6 +242,8 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
         TypeError: wrong type or dtype. ValueError: ``k`` out of range.
     """
     check_tensor("input", input)
+    if not isinstance(k, int):
+        raise TypeError(f"k: expected an integer, got {k!r}")
     if not 1 <= k <= input.numel():
         raise ValueError(f"k: expected from 1 to input.numel() = {input.numel()}, got {k}")
     return torch.ops.swat_ext.kth_magnitude(input.detach(), k)
@@ -256,7 +265,8 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
         TypeError, ValueError: wrong type, dtype or threshold.
     """
     check_tensor("input", input)
-    return Packed(*torch.ops.swat_ext.compress(input.detach(), _threshold("threshold", threshold, input)), input.shape)
+    values, mask = _compress("threshold", input, threshold)
+    return Packed(values, mask, input.shape)
 
 
 def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
@@ -324,8 +334,10 @@ def conv2d_packed(
             f"input: expected {group_channels * groups} channels (weight.shape[1] * groups), got {input.shape[1]} "
             f"in shape {tuple(input.shape)}"
         )
-    if out_channels % groups:
-        raise ValueError(f"weight: expected output channels divisible by groups = {groups}, got {out_channels}")
+    if out_channels < 1 or out_channels % groups:
+        raise ValueError(
+            f"weight: expected at least 1 output channel, and a multiple of groups = {groups}, got {out_channels}"
+        )
     if min(kernel) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if bias is not None:
@@ -335,19 +347,21 @@ def conv2d_packed(
     strides = _pair("stride", stride, 1)
     dilations = _pair("dilation", dilation, 1)
     paddings = padding_of_sides(padding, kernel, strides, dilations)
-    for axis, size in enumerate(convolution_size(input.shape, weight.shape, strides, paddings, dilations)[2:]):
-        if size < 1:
+    output_size = convolution_size(input.shape, weight.shape, strides, paddings, dilations)
+    for axis, extent in enumerate(output_size[2:]):
+        if extent < 1:
             padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
             raise ValueError(
                 f"input: expected a padded {('height', 'width')[axis]} of at least "
                 f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
             )
-    for name, packed, size in (
-        ("packed_weight", packed_weight, weight.shape),
-        ("packed_input", packed_input, input.shape),
-    ):
-        if packed is not None and packed.size != size:
-            raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
+    _check_packed("packed_weight", packed_weight, weight.shape, input)
+    if packed_input is not None:
+        _check_packed("packed_input", packed_input, input.shape, input)
+    if group_channels == 0:
+        # A sum of nothing, which still leads back to both arguments.
+        nothing = (input.sum() + weight.sum()).expand(output_size)
+        return nothing.clone() if bias is None else nothing + bias[:, None, None]
     return getattr(torch.ops.swat_ext, _CONVOLUTIONS[backend])(
         input,
         weight,
@@ -378,8 +392,9 @@ def conv2d(
 ) -> Tensor:
     """SWAT's convolution (paper, algorithm 1; spec: "One layer").
 
-    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed, never the dense
-    input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and is dense.
+    ``output = conv(input, top(weight)) + bias``; saved for backward: ``top(weight)`` and ``top(input)``, packed,
+    never the dense input. The gradient of ``input`` uses ``top(weight)``; that of ``weight`` uses ``top(input)`` and
+    is dense.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, float32 or float64, any strides, any batch size from 0.
@@ -413,12 +428,8 @@ def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Ten
 
 
 def linear_input_view(input: Tensor) -> Tensor:
-    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows.
-
-    No rows make an empty batch instead, ``[0, in_features, 1, 1]``: an image has at least one pixel.
-    """
-    rows = math.prod(input.shape[:-1])
-    return input.reshape(min(rows, 1), 1, max(rows, 1), input.shape[-1]).permute(0, 3, 1, 2)
+    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
+    return input.reshape(1, 1, math.prod(input.shape[:-1]), input.shape[-1]).permute(0, 3, 1, 2)
 
 
 def linear_packed(
@@ -450,6 +461,9 @@ def linear_packed(
     if cast is not None:
         return _autocast_call(linear_packed, cast, input, weight, bias, packed_weight, packed_input, backend=backend)
     _check_linear(input, weight)
+    if input.numel() == 0 or weight.numel() == 0:
+        # Nothing to multiply: no image has so few pixels, and PyTorch's own layer costs nothing.
+        return torch.nn.functional.linear(input, weight, bias)
     size = torch.Size((*weight.shape, 1, 1))
     output = conv2d_packed(
         linear_input_view(input),

@@ -1,13 +1,14 @@
 """What PyTorch's compiler and autograd need to know of the operators in ``torch.ops.swat_ext``.
 
-The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their gradient, so that
-they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two operators are written here because they are pure
-composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold upkeep and compression).
+The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their
+gradient, so that they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two are written here because
+they are pure composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold
+and compression).
 
-A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64: one bit an
-element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before them). With ``keep`` and
-``capacity``, ``swat_ext::compress`` returns ``capacity`` values, zeros after those that the mask counts; should more elements pass
-the threshold, it selects the ``keep``-th magnitude instead.
+A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64:
+one bit an element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before
+them). With ``keep`` and ``capacity``, ``swat_ext::compress`` returns ``capacity`` values, zeros after those that the
+mask counts; should more elements pass the threshold, it selects the ``keep``-th magnitude instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ __all__ = ["REFRESH_SLACK", "capacity", "convolution_size", "mask_words", "weigh
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
 
-# A stale threshold may let a quarter more than its budget pass, or this many elements, before it is selected again at once.
+# A stale threshold may let a quarter more than its budget pass, or 64 elements more, before it is selected again.
 REFRESH_SLACK = 1.25
 _REFRESH_FLOOR = 64
 
@@ -38,7 +39,7 @@ def mask_words(numel: int) -> int:
 
 
 def capacity(keep: int, numel: int) -> int:
-    """Most elements of ``numel`` that a selection of ``keep`` may hold; integers alone, so that symbolic sizes pass through."""
+    """Most elements of ``numel`` that a selection of ``keep`` may hold; integers alone: symbolic sizes pass through."""
     return torch.sym_min(torch.sym_max(keep + keep // 4, keep + _REFRESH_FLOOR), numel)
 
 
@@ -140,7 +141,7 @@ def _fake_weight_grad(
     return _empty(grad_output, weight_size, False)
 
 
-# --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call ---------------------------
+# --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call --------------------
 
 
 def _padded(input: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -189,7 +190,7 @@ def masked_conv2d_input_grad(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """``conv2d_input_grad`` by PyTorch's own backward convolution; arguments and result as ``swat_ext::conv2d_input_grad``."""
+    """``conv2d_input_grad`` by PyTorch's own kernels; arguments and result as ``swat_ext::conv2d_input_grad``."""
     weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
     # Its values do not matter for its own gradient; an expanded scalar gives the shape without the memory.
     input = grad_output.new_empty(()).expand(*input_size)
@@ -218,7 +219,7 @@ def masked_conv2d_weight_grad(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """``conv2d_weight_grad`` by PyTorch's own backward convolution; arguments and result as ``swat_ext::conv2d_weight_grad``."""
+    """``conv2d_weight_grad`` by PyTorch's own kernels; arguments and result as ``swat_ext::conv2d_weight_grad``."""
     channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
     input = torch.ops.swat_ext.decompress(input_values, input_mask, input_size, channels_last)
     padded, symmetric = _padded(input, padding)
@@ -232,7 +233,7 @@ def masked_conv2d_weight_grad(
 masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
 
 
-# --- Gradients ---------------------------------------------------------------------------------------------------------------
+# --- Gradients --------------------------------------------------------------------------------------------------------
 
 
 def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
@@ -267,7 +268,7 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
         if ctx.needs_input_grad[1]:
             if input_values is None:
                 raise RuntimeError(
-                    f"swat_ext::{name}: the gradient of weight needs input_values and input_mask, which were None in the forward"
+                    f"swat_ext::{name}: the gradient of weight needs input_values and input_mask, which were None"
                 )
             grad_weight = weight_grad(grad_output, input_values, input_mask, input_size, weight_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
@@ -299,7 +300,7 @@ for _name in ("conv2d", "masked_conv2d"):
     _refuse_second_derivative(f"{_name}_weight_grad")
 
 
-# --- Thresholds that live through training -----------------------------------------------------------------------------------
+# --- Thresholds that live through training ----------------------------------------------------------------------------
 
 
 def _version(tensor: Tensor) -> int:
@@ -316,16 +317,17 @@ def select(
         input: the tensor to compress, any shape.
         owner: the layer's weight; a new version of it counts as an optimizer step, however many forwards pass between.
         threshold: 0-dim; replaced by the ``keep``-th largest magnitude of ``input`` when it is due.
-        clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1: not
-            known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at once).
+        clock: int64 ``[8]`` on the CPU: steps seen, version and data pointer of ``owner`` at the last look (version -1:
+            not known, adopt it without counting a step), spare, then the step from which each slot is due (-1: at
+            once).
         slot: 0 for the weight, 1 for the activation.
         keep: number of elements to keep, at least 1 unless ``input`` is empty.
         period: optimizer steps from one selection to the next.
 
     Returns:
         ``(values, mask)``, the packed input. On the CPU ``values`` holds exactly what is kept. On CUDA its length is
-        :func:`capacity`, known without waiting for the device; where more pass, the device selects again at once, for this
-        call alone, and of ties beyond the capacity the last in logical order are dropped.
+        :func:`capacity`, known without waiting for the device; where more pass, the device selects again at once, for
+        this call alone, and of ties beyond the capacity the last in logical order are dropped.
     """
     steps, version, pointer = clock[:3].tolist()
     now, where = _version(owner), owner.data_ptr()

@@ -150,7 +150,7 @@ def in_layout(tensor: Tensor, layout: str, rng: random.Random) -> Tensor:
         # NaN around it: reading a wrong element cannot go unseen.
         view = torch.full(sizes, torch.nan, dtype=tensor.dtype, device=tensor.device)[tuple(slices)]
         return view.copy_(tensor)
-    if layout == "padded":
+    if layout == "padded" and tensor.dim() > 0:
         shape = [*tensor.shape[:-1], tensor.shape[-1] + rng.randint(1, 9)]
         view = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)[..., : tensor.shape[-1]]
         return view.copy_(tensor)
@@ -160,6 +160,8 @@ def in_layout(tensor: Tensor, layout: str, rng: random.Random) -> Tensor:
             return tensor.contiguous()
         axis = rng.choice(axes)
         return tensor.narrow(axis, 0, 1).expand_as(tensor)
+    if layout == "padded":
+        return tensor.contiguous()
     raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 

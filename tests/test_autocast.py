@@ -49,7 +49,7 @@ def test_dtypes_and_values_are_those_of_the_dense_layer(
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_half_inputs_of_the_layer_before(kind: str, device: torch.device) -> None:
-    sparse, dense, input = _layers(kind, device, "sparse")
+    sparse, _, input = _layers(kind, device, "sparse")
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert sparse(input.bfloat16()).dtype == torch.bfloat16
         sparse.eval()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, no waiting, the same bits each time, and a layer's training as on the CPU."""
+"""What only a GPU can show: streams, graphs, no waiting, the same bits each time, training as on the CPU."""
 
 import copy
 

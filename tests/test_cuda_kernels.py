@@ -1,4 +1,4 @@
-"""The CUDA kernels and their operators against the same oracle as everything else: on a GPU, and thread by thread on the CPU."""
+"""The CUDA kernels and their operators against the common oracle: on a GPU, and thread by thread on the CPU."""
 
 import random
 import sys
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import build as emulator
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Norm of the difference / norm of the float64 result. Half types: the rounding of the result alone, as sums are in float32.
+# Norm of the difference / norm of the float64 result. Half types: the rounding of the result, as sums are in float32.
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 _TF32_TOLERANCE = 1e-3
 

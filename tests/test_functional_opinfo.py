@@ -25,15 +25,19 @@ def test_both_operations_are_known() -> None:
 @pytest.mark.parametrize("info", _OP_INFOS, ids=lambda info: info.name)
 def test_samples(info: OpInfo, dtype: torch.dtype, isa: str) -> None:
     checked = 0
+    # Samples reach magnitude 9: sums of a hundred, of which some cancel to little, carry the rounding of their terms.
+    tolerance = {"rtol": 1.3e-6, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         expected = info.op(sample.input, *sample.args, **sample.kwargs)
         output = _OURS[info.name](sample.input, *sample.args, **sample.kwargs, **_DENSE)
         # These also compare shapes, dtypes and devices.
-        torch.testing.assert_close(output, expected, msg=lambda text, s=sample: f"{s.summary()}: {text}")
+        torch.testing.assert_close(output, expected, **tolerance, msg=lambda text, s=sample: f"{s.summary()}: {text}")
         grad_output = torch.rand(output.shape, dtype=dtype, generator=torch.Generator().manual_seed(checked))
         grads, wanted = (_gradients(result, sample, grad_output) for result in (output, expected))
         for got, want in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(got, want, msg=lambda text, s=sample: f"gradient, {s.summary()}: {text}")
+            torch.testing.assert_close(
+                got, want, **tolerance, msg=lambda text, s=sample: f"gradient, {s.summary()}: {text}"
+            )
         checked += 1
     assert checked >= 15
 

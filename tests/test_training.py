@@ -452,7 +452,7 @@ def test_a_run_is_not_overwritten_nor_resumed_otherwise(tmp_path: Path, capsys: 
     assert train.main([*_ARGUMENTS, "--dense", "--out", out]) == 1
     assert "holds a run already; add --resume" in capsys.readouterr().err
     assert train.main(["--out", out, "--resume", "--lr", "0.7"]) == 1
-    assert "--lr: the run to resume has 0.1, got 0.7" in capsys.readouterr().err
+    assert "--lr: the run to resume has 0.05, got 0.7" in capsys.readouterr().err
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 

@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for sm_80 and sm_90, and the operators over them against whatever torch is installed.
 
-Needs nvcc and no GPU. Fails if a kernel does not compile, or if one spills registers or uses local memory: its accumulators would
-then live in DRAM. Run by ``make cuda-check``.
+Needs nvcc and no GPU. Fails if a kernel does not compile, or if one spills registers or uses local memory: its
+accumulators would then live in DRAM. Run by ``make cuda-check``.
 """
 
 import concurrent.futures

@@ -1,6 +1,6 @@
 """Where the CUDA toolkit is: CUDA_HOME or CUDA_PATH, or else what the nvcc on the PATH says of itself.
 
-Not the folder above that nvcc: it may be a link or a script somewhere else. As a program it prints the folder, or fails.
+Not the folder above that nvcc: it may be a link or a script elsewhere. As a program it prints the folder, or fails.
 """
 
 import os

@@ -92,7 +92,8 @@ std::optional<cpu::PlanesView<T>> planes(const Tensor& tensor, Data* data) {
                           .outer_stride = tensor.stride(0),
                           .channel_stride = tensor.stride(1),
                           .pixel_stride = tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3)};
-  const bool joined = tensor.size(2) == 1 || tensor.size(3) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
+  const bool joined =
+      tensor.size(2) == 1 || tensor.size(3) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
   if (!joined || (view.pixel_stride != 1 && view.channel_stride != 1)) return std::nullopt;
   return view;
 }
@@ -114,7 +115,8 @@ Tensor kth_magnitude(const Tensor& input, int64_t k) {
 
 // (values, mask) of `source`, whose strides planes() takes. With a `capacity`, values are that long; see compress.
 template <typename T>
-std::tuple<Tensor, Tensor, int64_t> compress_planes(const Tensor& source, T threshold, std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, int64_t> compress_planes(const Tensor& source, T threshold,
+                                                    std::optional<int64_t> capacity) {
   const int64_t numel = source.numel();
   Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
   int64_t* const words = mask.mutable_data_ptr<int64_t>();
@@ -184,8 +186,8 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
               const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
-              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding, const Ints& dilation,
-              int64_t groups, bool channels_last) {
+              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
+              const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("input", input, [&]<typename T>() {
     const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
     check_same_dtype("weight_values", weight_values, input);
@@ -214,7 +216,8 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
     check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
     Tensor grad_input = empty(input_size, grad_output.scalar_type(), channels_last);
     cpu::convolution_input_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
-                                   packed<T>(weight_values, weight_mask, product(weight_size)), write_image<T>(grad_input));
+                                   packed<T>(weight_values, weight_mask, product(weight_size)),
+                                   write_image<T>(grad_input));
     return grad_input;
   });
 }

@@ -53,7 +53,8 @@ void check(cudaError_t error, const char* name) {
 #ifdef SWAT_EMULATE_CUDA
   STD_TORCH_CHECK(error == cudaSuccess, name, ": CUDA error ", static_cast<int>(error));
 #else
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error), " (sizes of 2^31 elements are not supported)");
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error),
+                  " (sizes of 2^31 elements are not supported)");
 #endif
 }
 
@@ -76,14 +77,17 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
 }
 
 void check_same_device(const char* name, const Tensor& tensor, const Tensor& reference) {
-  STD_TORCH_CHECK(tensor.device() == reference.device(), name, ": expected the device of the other arguments, got another");
+  STD_TORCH_CHECK(tensor.device() == reference.device(), name,
+                  ": expected the device of the other arguments, got another");
 }
 
 Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
   return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
-Tensor scratch(size_t bytes, const Tensor& like) { return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like); }
+Tensor scratch(size_t bytes, const Tensor& like) {
+  return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
+}
 
 template <typename T>
 const T* read(const Tensor& tensor) {
@@ -117,22 +121,24 @@ cuda::ImageView<T> write_image(const Tensor& tensor) {
 template <typename T>
 cuda::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {
   const int64_t* words = read<int64_t>(mask);
-  return {read<T>(values), reinterpret_cast<const uint64_t*>(words), words + cuda::word_count(numel), numel, values.numel()};
+  return {read<T>(values), reinterpret_cast<const uint64_t*>(words), words + cuda::word_count(numel), numel,
+          values.numel()};
 }
 
 cuda::ConvGeometry geometry(const cpu::ConvGeometry& g) {
-  return {g.batch,         g.groups,       g.in_channels,  g.in_height,     g.in_width,     g.out_channels,    g.out_height,
-          g.out_width,     g.kernel_height, g.kernel_width, g.stride_height, g.stride_width, g.dilation_height, g.dilation_width,
-          g.pad_top,       g.pad_left};
+  return {g.batch,           g.groups,         g.in_channels,   g.in_height,    g.in_width,      g.out_channels,
+          g.out_height,      g.out_width,      g.kernel_height, g.kernel_width, g.stride_height, g.stride_width,
+          g.dilation_height, g.dilation_width, g.pad_top,       g.pad_left};
 }
 
 // Launch the selection of the k-th magnitude of any tensor, where *condition is not 0.
 template <typename T>
 void launch_kth(const Tensor& input, int64_t k, T* result, const int32_t* condition, cudaStream_t stream) {
   // Order does not matter: what is dense in memory is read as it lies.
-  const bool dense = input.is_contiguous() ||
-                     (input.dim() == 4 && input.stride(1) == 1 && input.stride(3) == input.size(1) &&
-                      input.stride(2) == input.size(3) * input.stride(3) && input.stride(0) == input.size(2) * input.stride(2));
+  const bool dense =
+      input.is_contiguous() ||
+      (input.dim() == 4 && input.stride(1) == 1 && input.stride(3) == input.size(1) &&
+       input.stride(2) == input.size(3) * input.stride(3) && input.stride(0) == input.size(2) * input.stride(2));
   const Tensor source = dense ? input : torch::stable::contiguous(input);
   const Tensor memory = scratch(cuda::kth_magnitude_scratch(), input);
   check(cuda::kth_magnitude<T>({read<T>(source), input.numel(), k, result, write<void>(memory), condition}, stream),
@@ -199,7 +205,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
 Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
     const int64_t numel = product(size);
-    check_packed("packed", values, mask, numel);
+    check_packed_layout("packed", values, mask, numel);
     check_same_device("mask", mask, values);
     STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
                     to_string(size));
@@ -214,14 +220,14 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
               const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
-              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding, const Ints& dilation,
-              int64_t groups, bool channels_last) {
+              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
+              const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("input", input, [&]<typename T>() {
     const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
     check_same_dtype("weight_values", weight_values, input);
     check_same_device("weight_values", weight_values, input);
     check_same_device("weight_mask", weight_mask, input);
-    check_packed("weight", weight_values, weight_mask, weight.numel());
+    check_packed_layout("weight", weight_values, weight_mask, weight.numel());
     std::optional<Tensor> offsets;
     if (bias) {
       check_same_dtype("bias", *bias, input);
@@ -230,7 +236,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
       offsets = torch::stable::contiguous(*bias);
     }
     const OnDevice device(input);
-    Tensor output = empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), input, channels_last);
+    Tensor output =
+        empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), input, channels_last);
     cuda::ConvolutionParams<T> params{geometry(g),
                                       read_image<T>(input),
                                       packed<T>(weight_values, weight_mask, weight.numel()),
@@ -252,13 +259,13 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
     check_same_dtype("weight_values", weight_values, grad_output);
     check_same_device("weight_values", weight_values, grad_output);
     check_same_device("weight_mask", weight_mask, grad_output);
-    check_packed("weight", weight_values, weight_mask, product(weight_size));
+    check_packed_layout("weight", weight_values, weight_mask, product(weight_size));
     check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
     const OnDevice device(grad_output);
     Tensor grad_input = empty(input_size, grad_output.scalar_type(), grad_output, channels_last);
     cuda::InputGradParams<T> params{geometry(g), read_image<T>(grad_output),
-                                    packed<T>(weight_values, weight_mask, product(weight_size)), write_image<T>(grad_input),
-                                    nullptr};
+                                    packed<T>(weight_values, weight_mask, product(weight_size)),
+                                    write_image<T>(grad_input), nullptr};
     const Tensor memory = scratch(cuda::convolution_input_grad_scratch(params), grad_output);
     params.scratch = write<void>(memory);
     check(cuda::convolution_input_grad(params, device.stream()), "conv2d_input_grad");
@@ -274,7 +281,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values,
     check_same_dtype("input_values", input_values, grad_output);
     check_same_device("input_values", input_values, grad_output);
     check_same_device("input_mask", input_mask, grad_output);
-    check_packed("input", input_values, input_mask, product(input_size));
+    check_packed_layout("input", input_values, input_mask, product(input_size));
     check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
     const OnDevice device(grad_output);
     Tensor grad_weight = empty(weight_size, grad_output.scalar_type(), grad_output);

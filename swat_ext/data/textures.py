@@ -38,7 +38,7 @@ PICTURES = {
 }
 
 TRAIN_FRACTION = 0.7
-NOISE = 0.5
+NOISE = 0.2
 
 # Grey levels added to a patch's deviation before dividing by it, so that a flat patch does not become amplified
 # rounding error.

@@ -41,6 +41,7 @@ class SWATLayer(nn.Module):
     weight: Tensor
     weight_threshold: Tensor
     activation_threshold: Tensor
+    _choice: Choice
 
     def _set_up(
         self,
@@ -212,7 +213,7 @@ class SWATLayer(nn.Module):
         self._weight_ratio = _kept_ratio(self._sparsity)
         self._activation_ratio = _kept_ratio(self.activation_sparsity)
         group_out_channels = self.weight.shape[0] // getattr(self, "groups", 1)
-        self._choice: Choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
+        self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
 
     # --- Selection
     # ---------------------------------------------------------------------------------------------------------
@@ -248,7 +249,8 @@ class SWATLayer(nn.Module):
         # Here and not only in functional: a selection must not see an input that the convolution then refuses.
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        casts = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+        if input.dtype != self.weight.dtype and not casts:
             raise TypeError(f"input: expected dtype {self.weight.dtype}, that of weight, got {input.dtype}")
         if self.weight.device.type != "meta":
             check_tensor("weight", self.weight)
@@ -376,8 +378,9 @@ def _select_exactly(tensor: Tensor, ratio: tuple[int, int]) -> Packed:
         threshold = torch.ops.swat_ext.kth_magnitude(tensor, _kept(tensor.numel(), ratio))
     else:
         threshold = tensor.new_zeros(())
-    if tensor.device.type == "cpu":
-        return Packed(*torch.ops.swat_ext.compress(tensor, threshold), tensor.shape)
-    keep = _kept(tensor.numel(), ratio)
-    limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
-    return Packed(*torch.ops.swat_ext.compress(tensor, threshold, **limits), tensor.shape)
+    limits = {}
+    if tensor.device.type != "cpu":
+        keep = _kept(tensor.numel(), ratio)
+        limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
+    values, mask = torch.ops.swat_ext.compress(tensor, threshold, **limits)
+    return Packed(values, mask, tensor.shape)

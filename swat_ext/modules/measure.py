@@ -1,7 +1,8 @@
 """The faster kernels of a layer on CUDA, by measurement: ours, or PyTorch's on tensors unpacked for the moment.
 
-Both save the same packed tensors, so that memory is saved either way. Each combination of device, dtype, shapes and sparsities is
-measured once in a process.
+Both save the same packed tensors, so that memory is saved either way. Each combination of device, dtype, shapes and
+sparsities is measured once in a process. Which is faster can change from run to run where they are close, and with it
+the rounding: ask for "sparse" or "dense" where runs must repeat bit for bit.
 """
 
 from collections.abc import Callable, Sequence

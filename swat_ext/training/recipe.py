@@ -105,7 +105,7 @@ RECIPES: dict[str, Recipe] = {
         topk_period=5,
     ),
     # Ours, for problems that a laptop trains in minutes.
-    "small": Recipe(epochs=20, batch_size=64, lr=0.1, schedule="cosine", warmup_epochs=1),
+    "small": Recipe(epochs=20, batch_size=64, lr=0.05, schedule="cosine", warmup_epochs=1),
 }
 
 _RECIPE_OF_DATA = {"cifar10": "cifar", "cifar100": "cifar", "imagefolder": "imagenet"}

@@ -89,8 +89,8 @@ unsigned generation;
 std::mt19937 shuffler(20200101);
 
 [[noreturn]] void hang(const char* what) {
-  std::fprintf(stderr, "cuda_emulator: block (%u, %u, %u): thread %d waits in vain at %s\n", block_index.x, block_index.y,
-               block_index.z, current, what);
+  std::fprintf(stderr, "cuda_emulator: block (%u, %u, %u): thread %d waits in vain at %s\n", block_index.x,
+               block_index.y, block_index.z, current, what);
   std::abort();
 }
 
@@ -174,9 +174,10 @@ void run_block(dim3 block) {
 }  // namespace
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (shared_bytes > (48 << 10) || block.x * block.y * block.z > 1024 || grid.x == 0 || grid.y > 65535 || grid.z > 65535) {
-    std::fprintf(stderr, "cuda_emulator: a launch that a GPU refuses: grid %u %u %u, block %u, shared %zu\n", grid.x, grid.y,
-                 grid.z, block.x, shared_bytes);
+  if (shared_bytes > (48 << 10) || block.x * block.y * block.z > 1024 || grid.x == 0 || grid.y > 65535 ||
+      grid.z > 65535) {
+    std::fprintf(stderr, "cuda_emulator: a launch that a GPU refuses: grid %u %u %u, block %u, shared %zu\n", grid.x,
+                 grid.y, grid.z, block.x, shared_bytes);
     std::abort();
   }
   body = &kernel;

@@ -47,8 +47,8 @@ int64_t compress_scratch(const PlanesView<const T>& view) {
 
 // Compress planes [begin, end), in order. Returns the kept elements; `out` needs a spare vector. `words` is zeroed beforehand.
 template <typename T>
-int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words, T* scratch,
-                        T* out) {
+int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words,
+                        T* scratch, T* out) {
   constexpr int kN = kLanes<T>;
   BitWriter writer(words, begin * view.pixels);
   T* const first = out;

@@ -16,7 +16,8 @@ struct GatherProblem {
   ImageView<const T> input;
   ImageView<T> output;
   int64_t step_h, step_w;
-  std::vector<int64_t> row_taps, column_taps;  // input coordinate of each row and column of the kernel for output 0, or kNoTap
+  std::vector<int64_t> row_taps,
+      column_taps;  // input coordinate of each row and column of the kernel for output 0, or kNoTap
   const T* bias;
   bool backward;  // rows of output are the weight's input channels
 };
@@ -26,8 +27,8 @@ template <typename T>
 void join_axes(GatherProblem<T>& problem) {
   auto& in = problem.input;
   auto& out = problem.output;
-  const bool pointwise = problem.row_taps == std::vector<int64_t>{0} && problem.column_taps == std::vector<int64_t>{0} &&
-                         problem.step_h == 1 && problem.step_w == 1;
+  const bool pointwise = problem.row_taps == std::vector<int64_t>{0} &&
+                         problem.column_taps == std::vector<int64_t>{0} && problem.step_h == 1 && problem.step_w == 1;
   if (!pointwise) return;
   auto rows_join = [](const auto& image) { return image.row_stride == image.width * image.column_stride; };
   if (!rows_join(in) || !rows_join(out)) return;
@@ -80,7 +81,8 @@ void run_gather(const KernelTable& table, const Parallel& parallel, const ConvGe
   std::vector<int32_t> element_offset(group_in * taps), element_row(group_in * taps);
   for (int64_t element = 0; element < group_in * taps; ++element) {
     const int64_t channel = element / taps, tap = element % taps;
-    const int32_t row = plan.rows.tap[tap / geometry.kernel_width], column = plan.columns.tap[tap % geometry.kernel_width];
+    const int32_t row = plan.rows.tap[tap / geometry.kernel_width],
+                  column = plan.columns.tap[tap % geometry.kernel_width];
     const int64_t in_block = problem.backward ? 0 : channel % plan.block_channels * channel_bytes;
     element_row[element] = static_cast<int32_t>(channel);
     element_offset[element] = row < 0 || column < 0
@@ -161,8 +163,9 @@ std::vector<int64_t> forward_taps(int64_t taps, int64_t dilation, int64_t pad) {
 }  // namespace
 
 template <typename T>
-void convolution(const KernelTable& table, const Parallel& parallel, const ConvGeometry& g, const ImageView<const T>& input,
-                 const PackedView<T>& weight, const T* bias, const ImageView<T>& output) {
+void convolution(const KernelTable& table, const Parallel& parallel, const ConvGeometry& g,
+                 const ImageView<const T>& input, const PackedView<T>& weight, const T* bias,
+                 const ImageView<T>& output) {
   run_gather<T>(table, parallel, g, weight,
                 {.input = input,
                  .output = output,
@@ -204,9 +207,10 @@ template void convolution(const KernelTable&, const Parallel&, const ConvGeometr
                           const PackedView<float>&, const float*, const ImageView<float>&);
 template void convolution(const KernelTable&, const Parallel&, const ConvGeometry&, const ImageView<const double>&,
                           const PackedView<double>&, const double*, const ImageView<double>&);
-template void convolution_input_grad(const KernelTable&, const Parallel&, const ConvGeometry&, const ImageView<const float>&,
-                                     const PackedView<float>&, const ImageView<float>&);
 template void convolution_input_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
-                                     const ImageView<const double>&, const PackedView<double>&, const ImageView<double>&);
+                                     const ImageView<const float>&, const PackedView<float>&, const ImageView<float>&);
+template void convolution_input_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
+                                     const ImageView<const double>&, const PackedView<double>&,
+                                     const ImageView<double>&);
 
 }  // namespace swat::cpu

@@ -10,7 +10,8 @@ namespace swat::cpu {
 // output[N, O, H', W'] = conv(input, weight) + bias; bias may be null.
 template <typename T>
 void convolution(const KernelTable& table, const Parallel& parallel, const ConvGeometry& geometry,
-                 const ImageView<const T>& input, const PackedView<T>& weight, const T* bias, const ImageView<T>& output);
+                 const ImageView<const T>& input, const PackedView<T>& weight, const T* bias,
+                 const ImageView<T>& output);
 
 // grad_input[N, C, H, W] = the gradient of the input, from the kept weights.
 template <typename T>

@@ -37,9 +37,9 @@ struct GatherLanes {
   T* output[kLanes<T>];
   int64_t in_row[kLanes<T>], in_column[kLanes<T>];
   int64_t out_rows[kLanes<T>], out_columns[kLanes<T>];  // output pixels of the tile that exist
-  bool interior;  // every lane is in use and every packed pixel exists
-  bool aligned;   // every lane is in use and shows the same tile of another sample
-  bool whole;     // every lane is in use and every output pixel exists
+  bool interior;                                        // every lane is in use and every packed pixel exists
+  bool aligned;  // every lane is in use and shows the same tile of another sample
+  bool whole;    // every lane is in use and every output pixel exists
 };
 
 template <typename T>
@@ -192,7 +192,8 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
         T* sums = y + (row - row_begin) * y_plane;
         // The tile is kW pixels wide and a multiple of kH high.
         for (int64_t i = 0; i < p.tile_height; i += kH) {
-          gather_row<T, kH, kW>(x + i * p.packed_width * kN, first, last, pitch_bytes, sums + i * kW * kN, block.first, bias);
+          gather_row<T, kH, kW>(x + i * p.packed_width * kN, first, last, pitch_bytes, sums + i * kW * kN, block.first,
+                                bias);
         }
       }
     }
@@ -223,9 +224,8 @@ int64_t gather_tasks(const GatherParams<T>& p) {
 template <typename T>
 void gather_tiles(const GatherParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   [&]<std::size_t... kI>(std::index_sequence<kI...>) {
-    ((p.shape == kI
-          ? gather_tiles_as<T, kRegisterTiles[kI].height, kRegisterTiles[kI].width>(p, begin, end, scratch)
-          : void()),
+    ((p.shape == kI ? gather_tiles_as<T, kRegisterTiles[kI].height, kRegisterTiles[kI].width>(p, begin, end, scratch)
+                    : void()),
      ...);
   }(std::make_index_sequence<std::size(kRegisterTiles)>{});
 }

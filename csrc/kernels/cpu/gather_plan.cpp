@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kBlockChannels[] = {8, 16, 32, 64};
 constexpr int64_t kStackedTiles[] = {1, 2, 4};
-constexpr double kL1Bytes = 28 << 10;       // of 32 KiB: lists and sums pass through it too
+constexpr double kL1Bytes = 28 << 10;  // of 32 KiB: lists and sums pass through it too
 constexpr double kL2Bytes = 384 << 10;
-constexpr int64_t kSumsBytes = 192 << 10;   // finished rows of one tile, kept in L2
+constexpr int64_t kSumsBytes = 192 << 10;  // finished rows of one tile, kept in L2
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
@@ -19,7 +19,8 @@ int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, 
 // Cut the channels in blocks of at most `block_channels`, inside a group or over whole groups.
 void block_channels(const GatherShape& shape, GatherPlan& plan) {
   plan.blocks_per_group = std::max<int64_t>(1, ceil_div(shape.group_channels, plan.block_channels));
-  plan.groups_per_block = plan.blocks_per_group > 1 ? 1 : std::max<int64_t>(1, plan.block_channels / shape.group_channels);
+  plan.groups_per_block =
+      plan.blocks_per_group > 1 ? 1 : std::max<int64_t>(1, plan.block_channels / shape.group_channels);
   plan.groups_per_block = std::min(plan.groups_per_block, shape.groups);
   plan.block_channels = std::min(plan.block_channels, plan.groups_per_block * shape.group_channels);
   for (int64_t group = 0; group < shape.groups; group += plan.groups_per_block) {
@@ -46,9 +47,9 @@ double estimate(const GatherShape& shape, const GatherPlan& plan, const Register
   const double lanes = static_cast<double>(shape.vector_bytes) / shape.element_bytes;
   const double rows = static_cast<double>(shape.groups * shape.group_rows);
   const double channels = static_cast<double>(shape.groups * shape.group_channels);
-  const double tiles = static_cast<double>(ceil_div(
-      ceil_div(shape.out_height, plan.tile_height) * ceil_div(shape.out_width, plan.tile_width) * shape.batch,
-      static_cast<int64_t>(lanes)));
+  const double tiles = static_cast<double>(
+      ceil_div(ceil_div(shape.out_height, plan.tile_height) * ceil_div(shape.out_width, plan.tile_width) * shape.batch,
+               static_cast<int64_t>(lanes)));
   const double pixels = static_cast<double>(registers.height * registers.width);
   const double stacked = static_cast<double>(plan.tile_height) / registers.height;
   const double packed = static_cast<double>(plan.rows.source.size() * plan.columns.source.size());
@@ -125,8 +126,8 @@ GatherPlan plan_gather(const GatherShape& shape, const RegisterTile* tiles, int 
 
   const int64_t lanes = shape.vector_bytes / shape.element_bytes;
   const int64_t rows = shape.groups * shape.group_rows;
-  const int64_t vectors = ceil_div(ceil_div(shape.out_height, best.tile_height) *
-                                       ceil_div(shape.out_width, best.tile_width) * shape.batch, lanes);
+  const int64_t vectors = ceil_div(
+      ceil_div(shape.out_height, best.tile_height) * ceil_div(shape.out_width, best.tile_width) * shape.batch, lanes);
   const int64_t row_bytes = best.tile_height * best.tile_width * shape.vector_bytes;
   int64_t chunk = std::max<int64_t>(lanes, kSumsBytes / row_bytes / lanes * lanes);
   // Where tiles are fewer than threads, threads share a tile's rows.

@@ -27,6 +27,7 @@ constexpr Kernels<T> kernels_of() {
       .gather_tasks = gather_tasks<T>,
       .gather_scratch = gather_scratch<T>,
       .gather_tiles = gather_tiles<T>,
+      .tap_kernel = tap_kernel<T>,
       .weight_grad_slice = weight_grad_slice<T>,
       .weight_grad_reduce = weight_grad_reduce<T>,
   };

@@ -12,7 +12,7 @@ namespace swat::cpu {
 namespace {
 
 constexpr int64_t kGrainElements = 1 << 15;  // below this a thread costs more than it saves
-constexpr int64_t kGrainBlocks = 1 << 10;     // of the rank directory
+constexpr int64_t kGrainBlocks = 1 << 10;    // of the rank directory
 constexpr int64_t kTaskElements = 1 << 18;   // compressed in one go: a few of them a thread, so that none waits long
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,7 +50,7 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
               uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate) {
   const Kernels<T>& kernels = table.of<T>();
   const int64_t planes = view.pixels == 0 ? 0 : ceil_div(view.numel, view.pixels);
-  std::memset(words, 0, ceil_div(view.numel, 64) * sizeof(uint64_t));
+  std::fill_n(words, ceil_div(view.numel, 64), uint64_t{0});
 
   // Values go to a buffer of the range's own first, since where they belong is known only once all are counted.
   struct Part {
@@ -82,9 +82,8 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
   });
 
   const int64_t blocks = ceil_div(view.numel, kBlockBits);
-  parallel(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
-    kernels.count_blocks(words, view.numel, begin, end, ranks);
-  });
+  parallel(blocks, kGrainBlocks,
+           [&](int64_t begin, int64_t end) { kernels.count_blocks(words, view.numel, begin, end, ranks); });
   int64_t kept = 0;
   for (int64_t i = 0; i < blocks; ++i) kept += std::exchange(ranks[i], kept);
 
@@ -100,16 +99,17 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
 }
 
 template <typename T>
-void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed, const PlanesView<T>& view) {
+void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
+                const PlanesView<T>& view) {
   if (view.numel == 0) return;
   parallel(ceil_div(view.numel, view.pixels), std::max<int64_t>(1, kGrainElements / view.pixels),
            [&](int64_t begin, int64_t end) { table.of<T>().decompress_planes(packed, view, begin, end); });
 }
 
-#define SWAT_INSTANTIATE(T)                                                                                              \
-  template T kth_magnitude(const KernelTable&, const Parallel&, const T*, int64_t, int64_t);                             \
-  template void compress(const KernelTable&, const Parallel&, const PlanesView<const T>&, T, uint64_t*, int64_t*,        \
-                         const std::function<T*(int64_t)>&);                                                             \
+#define SWAT_INSTANTIATE(T)                                                                                       \
+  template T kth_magnitude(const KernelTable&, const Parallel&, const T*, int64_t, int64_t);                      \
+  template void compress(const KernelTable&, const Parallel&, const PlanesView<const T>&, T, uint64_t*, int64_t*, \
+                         const std::function<T*(int64_t)>&);                                                      \
   template void decompress(const KernelTable&, const Parallel&, const PackedView<T>&, const PlanesView<T>&);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

@@ -21,6 +21,7 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
 
 // Write the dense tensor.
 template <typename T>
-void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed, const PlanesView<T>& view);
+void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
+                const PlanesView<T>& view);
 
 }  // namespace swat::cpu

@@ -88,9 +88,10 @@ template <typename T>
 struct WeightListParams {
   PackedView<T> weight;
   int64_t groups, group_in, group_out, taps;
-  const int32_t* element_offset;  // [group_in * taps] bytes in the tile, relative to the block; kAbsent: not part of this pass
-  const int32_t* element_row;     // [group_in * taps] input channel of the group (input gradient only)
-  int64_t channel_bytes;          // bytes between two channels of the tile
+  const int32_t*
+      element_offset;  // [group_in * taps] bytes in the tile, relative to the block; kAbsent: not part of this pass
+  const int32_t* element_row;  // [group_in * taps] input channel of the group (input gradient only)
+  int64_t channel_bytes;       // bytes between two channels of the tile
   const ChannelBlock* blocks;
   int64_t blocks_per_group, groups_per_block, block_channels;
   int64_t* starts;  // counts of each list, then its start
@@ -113,11 +114,11 @@ struct GatherParams {
   ImageView<const T> input;
   ImageView<T> output;  // [N, rows, grid height, grid width]
   int64_t step_h, step_w;
-  const T* bias;               // [rows] or null
-  const int32_t* tile_rows;    // [packed_height] input row of each packed row, relative to the tile
-  const int32_t* tile_columns; // [packed_width]
+  const T* bias;                // [rows] or null
+  const int32_t* tile_rows;     // [packed_height] input row of each packed row, relative to the tile
+  const int32_t* tile_columns;  // [packed_width]
   int64_t packed_height, packed_width;
-  int shape;                   // index into the register tiles of the instruction set
+  int shape;  // index into the register tiles of the instruction set
   int64_t tile_height, tile_width;
   const ChannelBlock* blocks;
   int64_t block_count, block_channels;
@@ -132,9 +133,15 @@ struct GatherParams {
 // Up to 3 x 3 taps that one walk over a list serves.
 struct TapRun {
   int32_t rows, columns;
-  int32_t tap, tap_row_step, tap_column_step;  // index into [kernel_height, kernel_width] of the first tap; from one to the next
-  int32_t pixel, row_step, column_step;        // pixels of the dy tile from an entry's position to the first tap's; likewise
+  int32_t tap, tap_row_step,
+      tap_column_step;  // index into [kernel_height, kernel_width] of the first tap; from one to the next
+  int32_t pixel, row_step, column_step;  // pixels of the dy tile from an entry's position to the first tap's; likewise
 };
+
+// Adds one list of activations to the gradients of a run's taps: out[tap][vectors * lanes] += value * dy.
+template <typename T>
+using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run,
+                           T* out);
 
 // Activations whose coordinates agree modulo the stride meet the same taps: runs [begin, end).
 struct TapClass {
@@ -151,16 +158,18 @@ struct WeightGradParams {
   int64_t tiles_n, tiles_h, tiles_w;
   int64_t origin_row, origin_column;  // first dy pixel that tile (0, 0) meets
   int64_t grad_rows, grad_columns;    // dy pixels that one sample of a tile meets
-  const int32_t* pixel;               // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
-  const uint8_t* pixel_class;         // the same, class of the pixel
+  const int32_t* pixel;        // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
+  const uint8_t* pixel_class;  // the same, class of the pixel
   const TapRun* runs;
+  const TapKernel<T>* kernels;  // of each run
   const TapClass* classes;
   int64_t class_count;
-  int64_t vectors;      // output channels of one pass, in vectors: 1, 2, 4 or 8
-  int64_t batch_tiles;  // tiles whose dy is packed together
-  int64_t slices;       // parts of the tiles that are summed apart, so that threads can share a small dW
-  T* partial;           // [slices, groups, output blocks, group_in, taps, vectors * lanes]
-  T* grad_weight;       // [out_channels, group_in, taps]
+  int64_t vectors;          // output channels of one pass, in vectors: 1, 2, 4 or 8
+  int64_t batch_tiles;      // tiles whose dy is packed together
+  int64_t blocks_together;  // blocks of `vectors` output channels whose dy is packed together
+  int64_t slices;           // parts of the tiles that are summed apart, so that threads can share a small dW
+  T* partial;      // [slices, groups, output blocks, group_in, taps, vectors * lanes]; null: one batch holds all tiles
+  T* grad_weight;  // [out_channels, group_in, taps]
 
   int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
 };

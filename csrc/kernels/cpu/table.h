@@ -9,7 +9,8 @@ namespace swat::cpu {
 // Scratch of one thread in the weight gradient.
 template <typename T>
 struct WeightGradScratch {
-  Buffer<T> grad;                   // [tile][sample][row][column][vectors * lanes]
+  Buffer<T> grad;                   // [block][tile][sample][row][column][vectors * lanes]
+  Buffer<T> sums;                   // [channel][tap][vectors * lanes], where they do not go to `partial`
   Buffer<GatherEntry<T>> entries;   // lists of a batch of tiles
   Buffer<GatherEntry<T>> unsorted;  // one list before it is split by class
   Buffer<uint8_t> classes;          // of those
@@ -42,7 +43,8 @@ struct Kernels {
   int64_t (*gather_scratch)(const GatherParams<T>& params);
   void (*gather_tiles)(const GatherParams<T>& params, int64_t begin, int64_t end, T* scratch);
 
-  // weight_grad.inl: one slice and a range of input channels; input channels
+  // weight_grad.inl: a run and the vectors of one pass; one slice and a range of input channels; input channels
+  TapKernel<T> (*tap_kernel)(const TapRun& run, int64_t vectors);
   void (*weight_grad_slice)(const WeightGradParams<T>& params, int64_t slice, int64_t begin, int64_t end,
                             WeightGradScratch<T>& scratch);
   void (*weight_grad_reduce)(const WeightGradParams<T>& params, int64_t begin, int64_t end);

@@ -62,9 +62,8 @@ template <typename T>
 inline Vec<T> load_parts(const T* const* rows, int column) {
   using Part = typename VectorOf<T>::unaligned_part;
   constexpr int kPart = 16 / sizeof(T);
-  auto part = [&](int q) -> typename VectorOf<T>::part {
-    return *reinterpret_cast<const Part*>(rows[q * kPart] + column);
-  };
+  auto part = [&](int q) ->
+      typename VectorOf<T>::part { return *reinterpret_cast<const Part*>(rows[q * kPart] + column); };
   if constexpr (kVectorBytes == 16) {
     return part(0);
   } else if constexpr (kVectorBytes == 32) {
@@ -89,9 +88,8 @@ inline Vec<T> load_parts(const T* const* rows, int column) {
 // Interleave pairs (32 or 64 bits) of the low or high half of every 16-byte part of a and b.
 template <int kBytes, bool kHigh, typename T>
 inline Vec<T> interleave(Vec<T> a, Vec<T> b) {
-  using Index =
-      std::conditional_t<sizeof(T) == 4, int32_t __attribute__((vector_size(kVectorBytes))),
-                         int64_t __attribute__((vector_size(kVectorBytes)))>;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t __attribute__((vector_size(kVectorBytes))),
+                                   int64_t __attribute__((vector_size(kVectorBytes)))>;
   constexpr int kN = kLanes<T>;
   constexpr int kPart = 16 / sizeof(T);
   constexpr int kRun = kBytes / sizeof(T);  // consecutive elements taken from one operand

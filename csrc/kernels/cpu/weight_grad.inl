@@ -3,10 +3,7 @@
 // For a tile of dy, packed as [pixel][output channel] in L1 with a zero halo: per input channel, walk the list of kept activations
 // with the gradients of up to 3 x 3 taps times one vector (or more) of output channels in registers.
 
-template <typename T>
-using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run, T* out);
-
-// out[tap][kV * lanes] (+)= sum over the entries of value * dy.
+// A TapKernel for runs of [kRows, kColumns] taps and kV vectors of output channels.
 template <typename T, int kRows, int kColumns, int kV>
 void accumulate_taps(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run, T* out) {
   constexpr int kWidth = kV * kLanes<T>;
@@ -65,12 +62,14 @@ TapKernel<T> tap_kernel_of(int64_t vectors) {
   return kernel;
 }
 
+// The kernel of a run, or null if there is none that wide.
 template <typename T>
 TapKernel<T> tap_kernel(const TapRun& run, int64_t vectors) {
   TapKernel<T> kernel = nullptr;
   [&]<int... kI>(std::integer_sequence<int, kI...>) {
-    ((run.rows == kI / 3 + 1 && run.columns == kI % 3 + 1 ? void(kernel = tap_kernel_of<T, kI / 3 + 1, kI % 3 + 1>(vectors))
-                                                          : void()),
+    ((run.rows == kI / 3 + 1 && run.columns == kI % 3 + 1
+          ? void(kernel = tap_kernel_of<T, kI / 3 + 1, kI % 3 + 1>(vectors))
+          : void()),
      ...);
   }(std::make_integer_sequence<int, 9>{});
   return kernel;
@@ -126,9 +125,8 @@ GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, 
       const T* value = p.input.values + rank(p.input, begin);
       const int32_t* pixel = p.pixel + r * row_pixels;
       if (p.class_count == 1) {
-        for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
-          *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
-        });
+        for_each_bit(p.input.words, begin, begin + run_bits,
+                     [&](int64_t i) { *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)}; });
       } else {
         const uint8_t* pixel_class = p.pixel_class + r * row_pixels;
         for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
@@ -189,76 +187,142 @@ void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_
   *start = out - entries;
 }
 
-// dy of one tile for output channels [channel, channel + width), as [sample][row][column][width]; what does not exist is zero.
+// One run of `count` pixels of dy for `channels` output channels, as [pixel][width]; channels that do not exist are zero.
 template <typename T>
-void pack_grad(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, int64_t channels, T* out) {
+inline void pack_pixels(const WeightGradParams<T>& p, const T* data, int64_t count, int64_t channels, T* out) {
+  constexpr int kN = kLanes<T>;
   const auto& dy = p.grad_output;
-  const int64_t width = p.vectors * kLanes<T>;
-  const bool contiguous = dy.channel_stride == 1 && channels == width;
-  for (int64_t s = 0; s < p.tile_samples; ++s) {
-    const int64_t n = b.sample_begin + s;
-    for (int64_t r = 0; r < p.grad_rows; ++r) {
-      const int64_t row = b.grad_row + r;
-      const bool row_exists = n < b.sample_end && row >= 0 && row < dy.height;
-      for (int64_t c = 0; c < p.grad_columns; ++c, out += width) {
-        const int64_t column = b.grad_column + c;
-        if (!row_exists || column < 0 || column >= dy.width) {
-          for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kLanes<T>, Vec<T>{});
-          continue;
-        }
-        const T* data = dy.data + n * dy.batch_stride + channel * dy.channel_stride + row * dy.row_stride +
-                        column * dy.column_stride;
-        if (contiguous) {
-          for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kLanes<T>, load_unaligned(data + v * kLanes<T>));
-        } else {
-          for (int64_t k = 0; k < width; ++k) out[k] = k < channels ? data[k * dy.channel_stride] : T{0};
-        }
+  const int64_t width = p.vectors * kN;
+  int64_t done = 0;
+  if (dy.channel_stride == 1 && channels == width) {
+    for (; done < count; ++done, data += dy.column_stride, out += width) {
+      for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kN, load_unaligned(data + v * kN));
+    }
+  } else if (dy.column_stride == 1 && channels == width) {
+    for (; done + kN <= count; done += kN, data += kN, out += kN * width) {
+      for (int64_t v = 0; v < p.vectors; ++v) {
+        const T* src[kN];
+        T* dst[kN];
+        for (int i = 0; i < kN; ++i) src[i] = data + (v * kN + i) * dy.channel_stride;
+        for (int i = 0; i < kN; ++i) dst[i] = out + i * width + v * kN;
+        transpose<T>(src, dst);
       }
     }
+  }
+  for (; done < count; ++done, data += dy.column_stride, out += width) {
+    for (int64_t k = 0; k < width; ++k) out[k] = k < channels ? data[k * dy.channel_stride] : T{0};
+  }
+}
+
+// dy of one tile for `channels` output channels from `channel`, as [block][sample][row][column][width], blocks `block_stride`
+// apart; pixels that do not exist are zero.
+template <typename T>
+void pack_grad(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, int64_t channels, T* out,
+               int64_t block_stride) {
+  const auto& dy = p.grad_output;
+  const int64_t width = p.vectors * kLanes<T>;
+  const int64_t first = std::clamp<int64_t>(-b.grad_column, 0, p.grad_columns);
+  const int64_t last = std::clamp<int64_t>(dy.width - b.grad_column, first, p.grad_columns);
+  for (int64_t s = 0; s < p.tile_samples; ++s) {
+    for (int64_t r = 0; r < p.grad_rows; ++r, out += p.grad_columns * width) {
+      const int64_t n = b.sample_begin + s, row = b.grad_row + r;
+      const bool exists = n < b.sample_end && row >= 0 && row < dy.height;
+      // Blocks of one row in turn: its cache lines, which hold several, are read once.
+      for (int64_t block = 0; block * width < channels; ++block) {
+        T* const to = out + block * block_stride;
+        if (!exists) {
+          std::fill_n(to, p.grad_columns * width, T{0});
+          continue;
+        }
+        const T* data = dy.data + n * dy.batch_stride + (channel + block * width) * dy.channel_stride +
+                        row * dy.row_stride + (b.grad_column + first) * dy.column_stride;
+        std::fill_n(to, first * width, T{0});
+        pack_pixels(p, data, last - first, std::min(width, channels - block * width), to + first * width);
+        std::fill_n(to + last * width, (p.grad_columns - last) * width, T{0});
+      }
+    }
+  }
+}
+
+// Write the finished sums [taps][width] of one input channel and one block of output channels to grad_weight.
+template <typename T>
+inline void write_grad(const WeightGradParams<T>& p, const T* sums, int64_t group, int64_t block, int64_t within) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t width = p.vectors * kLanes<T>, taps = g.taps();
+  const int64_t channels = std::min(width, g.group_out() - block * width);
+  for (int64_t o = 0; o < channels; ++o) {
+    T* const out = p.grad_weight + ((group * g.group_out() + block * width + o) * g.group_in() + within) * taps;
+    for (int64_t t = 0; t < taps; ++t) out[t] = sums[t * width + o];
   }
 }
 
 // Input channels whose gradients are revisited tile after tile while they are still in L1 or L2.
 inline constexpr int64_t kGradChannels = 32;
 
-// Add one slice of the tiles to `partial`, for input channels [channel_begin, channel_end).
+// Sum one slice of the tiles for input channels [channel_begin, channel_end): into `partial`, or, where one batch holds all tiles,
+// straight into grad_weight.
 template <typename T>
 void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t channel_begin, int64_t channel_end,
                        WeightGradScratch<T>& scratch) {
   const ConvGeometry& g = p.geometry;
-  const int64_t width = p.vectors * kLanes<T>;
+  const int64_t width = p.vectors * kLanes<T>, channel_sums = g.taps() * width;
   const int64_t output_blocks = (g.group_out() + width - 1) / width;
   const int64_t slice_begin = p.tiles() * slice / p.slices, slice_end = p.tiles() * (slice + 1) / p.slices;
   const int64_t tile_elements = p.tile_samples * p.grad_rows * p.grad_columns * width;
+  const int64_t block_elements = p.batch_tiles * tile_elements;
   const int64_t channels = channel_end - channel_begin;
-  scratch.grad.reserve(p.batch_tiles * tile_elements);
+  scratch.grad.reserve(p.blocks_together * block_elements);
+  if (p.partial == nullptr) scratch.sums.reserve(kGradChannels * channel_sums);
+
   for (int64_t begin = slice_begin; begin < slice_end; begin += p.batch_tiles) {
     const int64_t end = std::min(slice_end, begin + p.batch_tiles);
     list_tiles(p, begin, end, channel_begin, channel_end, scratch);
-    for (int64_t group = channel_begin / g.group_in(); group * g.group_in() < channel_end; ++group) {
-      const int64_t from = std::max(channel_begin, group * g.group_in());
-      const int64_t to = std::min(channel_end, (group + 1) * g.group_in());
-      for (int64_t block = 0; block < output_blocks; ++block) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          pack_grad(p, tile_bounds(p, tile), group * g.group_out() + block * width,
-                    std::min(width, g.group_out() - block * width), scratch.grad.data() + (tile - begin) * tile_elements);
+    const GatherEntry<T>* const entries = scratch.entries.data();
+    const int64_t* const starts = scratch.starts.data();
+
+    // Gradients of channels [from, to), of one group and one block of output channels, into sums[channel][tap][width].
+    auto accumulate = [&](const T* grad, int64_t from, int64_t to, T* sums) {
+      for (int64_t tile = 0; tile < end - begin; ++tile, grad += tile_elements) {
+        T* out = sums;
+        const int64_t* start = starts + (tile * channels + from - channel_begin) * p.class_count;
+        for (int64_t channel = from; channel < to; ++channel, out += channel_sums) {
+          for (int64_t k = 0; k < p.class_count; ++k, ++start) {
+            if (start[0] == start[1]) continue;
+            for (int32_t r = p.classes[k].run_begin; r < p.classes[k].run_end; ++r) {
+              p.kernels[r](grad, entries + start[0], entries + start[1], p.runs[r], out);
+            }
+          }
         }
-        T* const partial =
-            p.partial + ((slice * g.groups + group) * output_blocks + block) * g.group_in() * g.taps() * width;
-        for (int64_t some = from; some < to; some += kGradChannels) {
-          for (int64_t tile = begin; tile < end; ++tile) {
-            const T* grad = scratch.grad.data() + (tile - begin) * tile_elements;
-            for (int64_t channel = some; channel < std::min(to, some + kGradChannels); ++channel) {
-              T* const out = partial + (channel - group * g.group_in()) * g.taps() * width;
-              const int64_t list = ((tile - begin) * channels + channel - channel_begin) * p.class_count;
-              for (int64_t k = 0; k < p.class_count; ++k) {
-                const GatherEntry<T>* entry = scratch.entries.data() + scratch.starts.data()[list + k];
-                const GatherEntry<T>* last = scratch.entries.data() + scratch.starts.data()[list + k + 1];
-                if (entry == last) continue;
-                for (int32_t r = p.classes[k].run_begin; r < p.classes[k].run_end; ++r) {
-                  tap_kernel<T>(p.runs[r], p.vectors)(grad, entry, last, p.runs[r], out);
-                }
-              }
+      }
+    };
+
+    for (int64_t group = channel_begin / g.group_in(); group * g.group_in() < channel_end; ++group) {
+      const int64_t group_channel = group * g.group_in();
+      const int64_t from = std::max(channel_begin, group_channel);
+      const int64_t to = std::min(channel_end, group_channel + g.group_in());
+      for (int64_t packed = 0; packed < output_blocks; packed += p.blocks_together) {
+        const int64_t together = std::min(p.blocks_together, output_blocks - packed);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          pack_grad(p, tile_bounds(p, tile), group * g.group_out() + packed * width,
+                    std::min(together * width, g.group_out() - packed * width),
+                    scratch.grad.data() + (tile - begin) * tile_elements, block_elements);
+        }
+        for (int64_t block = packed; block < packed + together; ++block) {
+          const T* const grad = scratch.grad.data() + (block - packed) * block_elements;
+          for (int64_t some = from; some < to; some += kGradChannels) {
+            const int64_t stop = std::min(to, some + kGradChannels);
+            if (p.partial != nullptr) {
+              accumulate(grad, some, stop,
+                         p.partial + (((slice * g.groups + group) * output_blocks + block) * g.group_in() + some -
+                                      group_channel) *
+                                         channel_sums);
+              continue;
+            }
+            T* const sums = scratch.sums.data();
+            std::fill_n(sums, (stop - some) * channel_sums, T{0});
+            accumulate(grad, some, stop, sums);
+            for (int64_t channel = some; channel < stop; ++channel) {
+              write_grad(p, sums + (channel - some) * channel_sums, group, block, channel - group_channel);
             }
           }
         }
@@ -267,27 +331,23 @@ void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t chan
   }
 }
 
-// Add the slices and write grad_weight for input channels [begin, end) of all groups.
+// Add the slices of `partial` and write grad_weight for input channels [begin, end) of all groups.
 template <typename T>
 void weight_grad_reduce(const WeightGradParams<T>& p, int64_t begin, int64_t end) {
   const ConvGeometry& g = p.geometry;
-  const int64_t width = p.vectors * kLanes<T>, taps = g.taps();
+  const int64_t width = p.vectors * kLanes<T>, channel_sums = g.taps() * width;
   const int64_t output_blocks = (g.group_out() + width - 1) / width;
-  const int64_t slice_elements = g.groups * output_blocks * g.group_in() * taps * width;
+  const int64_t slice_elements = g.groups * output_blocks * g.group_in() * channel_sums;
   for (int64_t channel = begin; channel < end; ++channel) {
     const int64_t group = channel / g.group_in(), within = channel % g.group_in();
     for (int64_t block = 0; block < output_blocks; ++block) {
-      T* const sum = p.partial + ((group * output_blocks + block) * g.group_in() + within) * taps * width;
+      T* const sums = p.partial + ((group * output_blocks + block) * g.group_in() + within) * channel_sums;
       for (int64_t s = 1; s < p.slices; ++s) {
-        for (int64_t i = 0; i < taps * width; i += kLanes<T>) {
-          store(sum + i, load(sum + i) + load(sum + s * slice_elements + i));
+        for (int64_t i = 0; i < channel_sums; i += kLanes<T>) {
+          store(sums + i, load(sums + i) + load(sums + s * slice_elements + i));
         }
       }
-      const int64_t channels = std::min(width, g.group_out() - block * width);
-      for (int64_t o = 0; o < channels; ++o) {
-        T* out = p.grad_weight + ((group * g.group_out() + block * width + o) * g.group_in() + within) * taps;
-        for (int64_t t = 0; t < taps; ++t) out[t] = sum[t * width + o];
-      }
+      write_grad(p, sums, group, block, within);
     }
   }
 }

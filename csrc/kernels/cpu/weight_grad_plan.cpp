@@ -6,13 +6,16 @@
 namespace swat::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = 18 << 10;         // dy of one tile, in L1
-constexpr int64_t kBatchBytes = 128 << 10;       // dy of the tiles packed together, in L2
-constexpr int64_t kListBytes = 512 << 10;        // their lists of activations
-constexpr int64_t kPartialElements = 1 << 20;    // sums kept apart
-constexpr int64_t kMostSlices = 16;
-constexpr int64_t kRunTaps = 3;                  // taps a run has along one axis at most
-constexpr int64_t kLongRow = 4096;               // columns of a tile at most
+constexpr int64_t kTileBytes = 18 << 10;     // dy of one tile, in L1
+constexpr int64_t kBatchBytes = 64 << 10;    // dy of the tiles packed together, one block of output channels, in L2
+constexpr int64_t kListBytes = 256 << 10;    // their lists of activations
+constexpr int64_t kDirectBytes = 256 << 10;  // the same where all tiles are packed together
+constexpr int64_t kDirectListBytes = 2 << 20;
+constexpr int64_t kReadBytes = 128;            // of one pixel of dy at once: neighbouring cache lines
+constexpr int64_t kPartialElements = 1 << 20;  // sums kept apart
+constexpr int64_t kMostSlices = 8;
+constexpr int64_t kRunTaps = 3;     // taps a run has along one axis at most
+constexpr int64_t kLongRow = 4096;  // columns of a tile at most
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -100,7 +103,8 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
 
   int64_t row_taps = 1, column_taps = 1;
   for (const auto& taps : rows) row_taps = std::max<int64_t>(row_taps, std::min<int64_t>(kRunTaps, taps.size()));
-  for (const auto& taps : columns) column_taps = std::max<int64_t>(column_taps, std::min<int64_t>(kRunTaps, taps.size()));
+  for (const auto& taps : columns)
+    column_taps = std::max<int64_t>(column_taps, std::min<int64_t>(kRunTaps, taps.size()));
   plan.vectors = most_vectors(row_taps * column_taps);
   while (plan.vectors > 1 && plan.vectors / 2 * lanes >= g.group_out()) plan.vectors /= 2;
 
@@ -137,13 +141,20 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   const double activations = static_cast<double>(plan.pixel.size() * plan.tile_samples * g.in_channels);
   const double list_bytes = activations * std::max(density, 1e-3) * 2 * static_cast<double>(element_bytes);
   const int64_t tiles = plan.tiles_n * plan.tiles_h * plan.tiles_w;
-  plan.batch_tiles = std::min(kBatchBytes / grad_bytes, static_cast<int64_t>(kListBytes / list_bytes));
-  plan.batch_tiles = std::clamp<int64_t>(plan.batch_tiles, 1, std::max<int64_t>(tiles, 1));
-
-  const int64_t width_elements = plan.vectors * lanes;
-  const int64_t elements = g.groups * ceil_div(g.group_out(), width_elements) * width_elements * g.group_in() * g.taps();
-  const int64_t fitting = std::clamp<int64_t>(kPartialElements / elements, 1, std::min(kMostSlices, std::max<int64_t>(tiles, 1)));
+  const int64_t width_elements = plan.vectors * lanes, blocks = ceil_div(g.group_out(), width_elements);
+  const int64_t elements = g.groups * blocks * width_elements * g.group_in() * g.taps();
+  const int64_t most_slices = std::min(kMostSlices, std::max<int64_t>(tiles, 1));
+  const int64_t fitting = std::clamp<int64_t>(kPartialElements / elements, 1, most_slices);
   plan.slices = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(fitting)));
+
+  // A large dW is better finished in one go than visited once a batch.
+  plan.direct = plan.slices == 1 && tiles * grad_bytes <= kDirectBytes &&
+                static_cast<double>(tiles) * list_bytes <= kDirectListBytes;
+  plan.batch_tiles =
+      plan.direct ? tiles : std::min(kBatchBytes / grad_bytes, static_cast<int64_t>(kListBytes / list_bytes));
+  plan.batch_tiles = std::clamp<int64_t>(plan.batch_tiles, 1, std::max<int64_t>(tiles, 1));
+  const int64_t block_bytes = width_elements * element_bytes;
+  plan.blocks_together = std::clamp<int64_t>(kReadBytes / block_bytes, 1, blocks);
   return plan;
 }
 

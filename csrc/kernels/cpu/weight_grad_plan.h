@@ -19,6 +19,8 @@ struct WeightGradPlan {
   std::vector<TapRun> runs;
   std::vector<TapClass> classes;
   int64_t batch_tiles = 1;
+  int64_t blocks_together = 1;
+  bool direct = false;  // one batch holds all tiles: no partial sums
   int64_t slices = 1;
 };
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 #include "convolution.h"
 #include "weight_grad_plan.h"
@@ -20,12 +21,14 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   const Kernels<T>& kernels = table.of<T>();
   const int64_t lanes = kernels.lanes;
   const double kept = static_cast<double>(input.ranks[(input.numel - 1) / kBlockBits]);
-  const WeightGradPlan plan = plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors,
-                                               kept / static_cast<double>(input.numel));
+  const WeightGradPlan plan =
+      plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors, kept / static_cast<double>(input.numel));
   const int64_t width = plan.vectors * lanes;
-  const int64_t slice_elements =
-      g.groups * ((g.group_out() + width - 1) / width) * g.group_in() * g.taps() * width;
-  Buffer<T> partial(plan.slices * slice_elements);
+  const int64_t slice_elements = g.groups * ((g.group_out() + width - 1) / width) * g.group_in() * g.taps() * width;
+  Buffer<T> partial(plan.direct ? 0 : plan.slices * slice_elements);
+
+  std::vector<TapKernel<T>> tap_kernels;
+  for (const TapRun& run : plan.runs) tap_kernels.push_back(kernels.tap_kernel(run, plan.vectors));
 
   WeightGradParams<T> params;
   params.input = input;
@@ -44,17 +47,19 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   params.pixel = plan.pixel.data();
   params.pixel_class = plan.pixel_class.data();
   params.runs = plan.runs.data();
+  params.kernels = tap_kernels.data();
   params.classes = plan.classes.data();
   params.class_count = plan.classes.size();
   params.vectors = plan.vectors;
   params.batch_tiles = plan.batch_tiles;
+  params.blocks_together = plan.blocks_together;
   params.slices = plan.slices;
-  params.partial = partial.data();
+  params.partial = plan.direct ? nullptr : partial.data();
   params.grad_weight = grad_weight;
 
   // Where slices are fewer than threads, threads share a slice by input channels: every sum still has one owner and one order.
   const int64_t parts = std::min(g.in_channels, (parallel.threads + plan.slices - 1) / plan.slices);
-  parallel(plan.slices * slice_elements, 1 << 16,
+  parallel(partial.capacity(), 1 << 16,
            [&](int64_t begin, int64_t end) { std::fill(params.partial + begin, params.partial + end, T{0}); });
   parallel(plan.slices * parts, 1, [&](int64_t begin, int64_t end) {
     WeightGradScratch<T> scratch;
@@ -64,8 +69,8 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
                                 scratch);
     }
   });
-  parallel(g.in_channels, 1,
-           [&](int64_t begin, int64_t end) { kernels.weight_grad_reduce(params, begin, end); });
+  if (plan.direct) return;
+  parallel(g.in_channels, 1, [&](int64_t begin, int64_t end) { kernels.weight_grad_reduce(params, begin, end); });
 }
 
 template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,

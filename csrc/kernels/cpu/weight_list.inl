@@ -27,10 +27,9 @@ void fill_forward_lists(const WeightListParams<T>& p, int64_t begin, int64_t end
       const ChannelBlock& block = p.blocks[group / p.groups_per_block * p.blocks_per_group + k];
       GatherEntry<T>* out = p.entries + p.starts[block.list + row - block.row_begin];
       const int32_t* offset = p.element_offset + k * chunk;
-      for_each_bit(p.weight.words, row * slice + k * chunk, row * slice + std::min(slice, (k + 1) * chunk),
-                   [&](int64_t element) {
-                     *out++ = {*value++, static_cast<decltype(out->offset)>(base + offset[element])};
-                   });
+      for_each_bit(
+          p.weight.words, row * slice + k * chunk, row * slice + std::min(slice, (k + 1) * chunk),
+          [&](int64_t element) { *out++ = {*value++, static_cast<decltype(out->offset)>(base + offset[element])}; });
     }
   }
 }

@@ -45,8 +45,8 @@ int64_t channel_units(const ImageView<T>& image) {
 }
 
 template <typename T, bool kStrided>
-__global__ void __launch_bounds__(kThreads)
-    mark_blocks(ImageView<const T> input, int64_t numel, const T* threshold, uint32_t* halves, const int32_t* condition) {
+__global__ void __launch_bounds__(kThreads) mark_blocks(ImageView<const T> input, int64_t numel, const T* threshold,
+                                                        uint32_t* halves, const int32_t* condition) {
   if (skipped(condition)) return;
   const int64_t block = warp_of_grid();
   if (block * kBlockBits >= numel) return;
@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) mark_channels(ImageView<const T> input, int64_t pixel_step, const T* threshold,
-                                                          uint32_t* halves, const int32_t* condition) {
+__global__ void __launch_bounds__(kThreads)
+    mark_channels(ImageView<const T> input, int64_t pixel_step, const T* threshold, uint32_t* halves,
+                  const int32_t* condition) {
   if (skipped(condition)) return;
   const ChannelRun run = channel_run(input, pixel_step, warp_of_grid());
   if (!run.exists) return;
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kThreads) collect_blocks(CollectParams<T> p, i
     const uint32_t bits = __shfl_sync(kAllLanes, mine, i);
     const int64_t start = rank + __shfl_sync(kAllLanes, before, i);
     if (bits >> lane_id() & 1) {
-      const int64_t index = block * kBlockBits + i * 32 + lane_id(), to = start + count_bits(bits & low_bits(lane_id()));
+      const int64_t index = block * kBlockBits + i * 32 + lane_id(),
+                    to = start + count_bits(bits & low_bits(lane_id()));
       if (to < p.capacity) p.values[to] = p.input.data[kStrided ? offset_of(p.input, index) : index];
     }
   }
@@ -183,14 +185,16 @@ cudaError_t mark(const CompressParams<T>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(block_count(numel), kWarps);
   switch (layout_of(p.input)) {
     case Layout::contiguous:
-      SWAT_LAUNCH((mark_blocks<T, false>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves, p.condition);
+      SWAT_LAUNCH((mark_blocks<T, false>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves,
+                  p.condition);
       break;
     case Layout::strided:
-      SWAT_LAUNCH((mark_blocks<T, true>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves, p.condition);
+      SWAT_LAUNCH((mark_blocks<T, true>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves,
+                  p.condition);
       break;
     case Layout::channels_last:
-      SWAT_LAUNCH(clear_bits, ceil_div(2 * word_count(numel), kThreads), kThreads, 0, stream, halves, 2 * word_count(numel),
-                  p.condition);
+      SWAT_LAUNCH(clear_bits, ceil_div(2 * word_count(numel), kThreads), kThreads, 0, stream, halves,
+                  2 * word_count(numel), p.condition);
       SWAT_LAUNCH(mark_channels<T>, ceil_div(channel_units(p.input), kWarps), kThreads, 0, stream, p.input,
                   pixel_stride(p.input), p.threshold, halves, p.condition);
       break;
@@ -207,8 +211,8 @@ cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cuda
 
 cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, int64_t capacity, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  SWAT_LAUNCH(trim_blocks, ceil_div(block_count(numel), kWarps), kThreads, 0, stream, reinterpret_cast<uint32_t*>(words), ranks,
-              kept, numel, capacity);
+  SWAT_LAUNCH(trim_blocks, ceil_div(block_count(numel), kWarps), kThreads, 0, stream,
+              reinterpret_cast<uint32_t*>(words), ranks, kept, numel, capacity);
   SWAT_LAUNCH(trim_count, 1, 1, 0, stream, kept, capacity);
   return cudaGetLastError();
 }
@@ -237,9 +241,9 @@ cudaError_t collect(const CollectParams<T>& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                             \
-  template size_t mark_scratch(const CompressParams<T>&);               \
-  template cudaError_t mark(const CompressParams<T>&, cudaStream_t);    \
+#define SWAT_INSTANTIATE(T)                                          \
+  template size_t mark_scratch(const CompressParams<T>&);            \
+  template cudaError_t mark(const CompressParams<T>&, cudaStream_t); \
   template cudaError_t collect(const CollectParams<T>&, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

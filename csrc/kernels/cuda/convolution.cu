@@ -23,8 +23,8 @@ struct GatherParams {
 
 // Copies channels [first, first + count) of a tile's input to shared memory, zeros where it is outside of the image.
 template <typename T>
-__device__ inline void stage(const GatherParams<T>& p, Compute<T>* patch, int64_t channel, int count, int sample, int row,
-                             int column) {
+__device__ inline void stage(const GatherParams<T>& p, Compute<T>* patch, int64_t channel, int count, int sample,
+                             int row, int column) {
   const int width = static_cast<int>(p.plan.patch_width), height = static_cast<int>(p.plan.patch_height);
   const int positions = static_cast<int>(p.plan.tile_samples) * height * width, step = static_cast<int>(p.plan.patch);
   // Neighbouring threads read neighbours in memory: pixels, or in channels_last channels.
@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kGatherThreads, 2) gather_tiles(GatherParams<T
 #pragma unroll
   for (int q = 0; q < kGatherPixels; ++q) {
     const int pixel = q * kWarp + lane_id();
-    const int x = tile_x + pixel % width, y = tile_y + pixel / width % tile_height, n = tile_n + pixel / width / tile_height;
+    const int x = tile_x + pixel % width, y = tile_y + pixel / width % tile_height,
+              n = tile_n + pixel / width / tile_height;
     if (pixel >= tile_pixels || x >= p.output.width || y >= p.output.height || n >= p.output.batch) continue;
     T* const to = p.output.data + n * p.output.batch_stride + y * p.output.row_stride + x * p.output.column_stride +
                   (static_cast<int64_t>(group) * rows + first_row) * p.output.channel_stride;
@@ -146,12 +147,16 @@ __global__ void __launch_bounds__(kGatherThreads, 2) gather_tiles(GatherParams<T
 template <typename T>
 __global__ void __launch_bounds__(kGatherThreads) gather_direct(GatherParams<T> p) {
   const uint32_t width = static_cast<uint32_t>(p.output.width), height = static_cast<uint32_t>(p.output.height);
-  const uint32_t outputs = static_cast<uint32_t>(p.output.channels) * height * width, blocks = ceil_div(outputs, kGatherThreads);
+  const uint32_t outputs = static_cast<uint32_t>(p.output.channels) * height * width,
+                 blocks = ceil_div(outputs, kGatherThreads);
   const uint32_t index = blockIdx.x % blocks * kGatherThreads + threadIdx.x;
   if (index >= outputs) return;
   const int64_t n = blockIdx.x / blocks, row = index / width / height, y = index / width % height, x = index % width;
-  const int32_t columns = static_cast<int32_t>(p.columns_axis.taps), taps = static_cast<int32_t>(p.rows_axis.taps) * columns;
-  const T* const image = p.input.data + n * p.input.batch_stride + static_cast<uint32_t>(row) / static_cast<uint32_t>(p.rows) * p.channels * p.input.channel_stride;
+  const int32_t columns = static_cast<int32_t>(p.columns_axis.taps),
+                taps = static_cast<int32_t>(p.rows_axis.taps) * columns;
+  const T* const image =
+      p.input.data + n * p.input.batch_stride +
+      static_cast<uint32_t>(row) / static_cast<uint32_t>(p.rows) * p.channels * p.input.channel_stride;
   Compute<T> sum = p.bias != nullptr ? load(p.bias[row]) : Compute<T>{0};
   for (int32_t at = p.starts[row * p.channels]; at < p.starts[(row + 1) * p.channels]; ++at) {
     const GatherEntry<T> entry = p.entries[at];
@@ -170,7 +175,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_direct(GatherParams<T> 
 template <typename T>
 void join_axes(GatherParams<T>& p) {
   for (const GatherAxis* axis : {&p.rows_axis, &p.columns_axis}) {
-    if (axis->taps != 1 || axis->step != 1 || axis->stride != 1 || axis->lowest != 0 || axis->inputs != axis->outputs) return;
+    if (axis->taps != 1 || axis->step != 1 || axis->stride != 1 || axis->lowest != 0 || axis->inputs != axis->outputs)
+      return;
   }
   auto& in = p.input;
   auto& out = p.output;
@@ -196,12 +202,13 @@ void join_axes(GatherParams<T>& p) {
 }
 
 template <typename T>
-cudaError_t run_gather(GatherParams<T> p, const PackedView<T>& weight, bool backward, void* scratch, cudaStream_t stream) {
+cudaError_t run_gather(GatherParams<T> p, const PackedView<T>& weight, bool backward, void* scratch,
+                       cudaStream_t stream) {
   if (p.output.numel() == 0) return cudaSuccess;
   join_axes(p);
   p.plan = plan_gather(p.output.batch, p.rows_axis, p.columns_axis, p.channels, sizeof(Compute<T>));
-  WeightListParams<T> lists{weight,  p.rows_axis, p.columns_axis, p.groups, p.rows, p.channels, backward, p.plan.patch,
-                            p.plan.patch_width, nullptr, nullptr};
+  WeightListParams<T> lists{weight,   p.rows_axis,  p.columns_axis,     p.groups, p.rows, p.channels,
+                            backward, p.plan.patch, p.plan.patch_width, nullptr,  nullptr};
   SWAT_TRY(build_lists(lists, scratch, stream));
   p.starts = lists.starts;
   p.entries = lists.entries;
@@ -211,7 +218,8 @@ cudaError_t run_gather(GatherParams<T> p, const PackedView<T>& weight, bool back
     SWAT_LAUNCH(gather_direct<T>, p.output.batch * ceil_div(outputs, kGatherThreads), kGatherThreads, 0, stream, p);
   } else {
     const int64_t blocks = p.plan.tiles() * p.groups * ceil_div(p.rows, gather_rows<T>() * kGatherWarps);
-    SWAT_LAUNCH(gather_tiles<T>, blocks, kGatherThreads, p.plan.block_channels * p.plan.patch * sizeof(Compute<T>), stream, p);
+    SWAT_LAUNCH(gather_tiles<T>, blocks, kGatherThreads, p.plan.block_channels * p.plan.patch * sizeof(Compute<T>),
+                stream, p);
   }
   return cudaGetLastError();
 }
@@ -239,7 +247,8 @@ cudaError_t convolution(const ConvolutionParams<T>& p, cudaStream_t stream) {
   gather.bias = p.bias;
   gather.rows_axis =
       forward_axis(g.in_height, g.out_height, g.kernel_height, g.stride_height, g.dilation_height, g.pad_top);
-  gather.columns_axis = forward_axis(g.in_width, g.out_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left);
+  gather.columns_axis =
+      forward_axis(g.in_width, g.out_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left);
   gather.groups = g.groups;
   gather.rows = g.group_out();
   gather.channels = g.group_in();
@@ -278,10 +287,10 @@ cudaError_t convolution_input_grad(const InputGradParams<T>& p, cudaStream_t str
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                                            \
-  template size_t convolution_scratch(const ConvolutionParams<T>&);                    \
-  template cudaError_t convolution(const ConvolutionParams<T>&, cudaStream_t);         \
-  template size_t convolution_input_grad_scratch(const InputGradParams<T>&);           \
+#define SWAT_INSTANTIATE(T)                                                    \
+  template size_t convolution_scratch(const ConvolutionParams<T>&);            \
+  template cudaError_t convolution(const ConvolutionParams<T>&, cudaStream_t); \
+  template size_t convolution_input_grad_scratch(const InputGradParams<T>&);   \
   template cudaError_t convolution_input_grad(const InputGradParams<T>&, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(kThreads) restore_channels(DecompressParams<T>
   const int64_t pixels = out.height * out.width;
   const int64_t runs = ceil_div(pixels, kTilePixels), slabs = ceil_div(out.channels, kTileChannels);
   const int64_t unit = blockIdx.x;
-  const int64_t channel = unit % slabs * kTileChannels, pixel = unit / slabs % runs * kTilePixels, sample = unit / slabs / runs;
+  const int64_t channel = unit % slabs * kTileChannels, pixel = unit / slabs % runs * kTilePixels,
+                sample = unit / slabs / runs;
   const int length = static_cast<int>(pixels - pixel < kTilePixels ? pixels - pixel : kTilePixels);
-  const int channels = static_cast<int>(out.channels - channel < kTileChannels ? out.channels - channel : kTileChannels);
+  const int channels =
+      static_cast<int>(out.channels - channel < kTileChannels ? out.channels - channel : kTileChannels);
   for (int c = threadIdx.x / kWarp; c < channels; c += kWarps) {
     expand_run(p.packed, (sample * out.channels + channel + c) * pixels + pixel, length,
                [&](int i, T value) { tile[c][i] = value; });

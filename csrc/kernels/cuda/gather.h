@@ -21,7 +21,8 @@ struct GatherAxis {
     return residue < 0 || static_cast<int32_t>(residue + pad - tap * dilation) % static_cast<int32_t>(stride) == 0;
   }
   SWAT_HOST_DEVICE int64_t coordinate(int64_t tap) const {
-    return residue < 0 ? tap * dilation - pad : static_cast<int32_t>(residue + pad - tap * dilation) / static_cast<int32_t>(stride);
+    return residue < 0 ? tap * dilation - pad
+                       : static_cast<int32_t>(residue + pad - tap * dilation) / static_cast<int32_t>(stride);
   }
 };
 
@@ -40,13 +41,14 @@ inline GatherAxis find_span(GatherAxis axis) {
   return axis;
 }
 
-inline GatherAxis forward_axis(int64_t inputs, int64_t outputs, int64_t taps, int64_t stride, int64_t dilation, int64_t pad) {
+inline GatherAxis forward_axis(int64_t inputs, int64_t outputs, int64_t taps, int64_t stride, int64_t dilation,
+                               int64_t pad) {
   return find_span({outputs, inputs, taps, stride, stride, dilation, pad, -1, 0, 0});
 }
 
 // The part of an input gradient at `residue`: `inputs` counts gradients of the output here.
-inline GatherAxis backward_axis(int64_t inputs, int64_t size, int64_t taps, int64_t stride, int64_t dilation, int64_t pad,
-                                int64_t residue) {
+inline GatherAxis backward_axis(int64_t inputs, int64_t size, int64_t taps, int64_t stride, int64_t dilation,
+                                int64_t pad, int64_t residue) {
   return find_span({ceil_div(size - residue, stride), inputs, taps, 1, stride, dilation, pad, residue, 0, 0});
 }
 
@@ -58,9 +60,9 @@ struct GatherEntry {
 
 inline constexpr int kGatherThreads = 256;
 inline constexpr int kGatherWarps = kGatherThreads / kWarp;
-inline constexpr int kGatherPixels = 8;                              // of one lane
-inline constexpr int kGatherTile = kGatherPixels * kWarp;            // output pixels of a block
-inline constexpr int64_t kPatchBytes = 33 << 10;                     // shared memory for input, of 48 KB at most
+inline constexpr int kGatherPixels = 8;                    // of one lane
+inline constexpr int kGatherTile = kGatherPixels * kWarp;  // output pixels of a block
+inline constexpr int64_t kPatchBytes = 33 << 10;           // shared memory for input, of 48 KB at most
 
 // Output rows of one warp. They live in registers, kGatherPixels each.
 template <typename T>

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t prefix = scratch->state.prefix;
   uint32_t* const mine = bins[threadIdx.x / kWarp % kCopies];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; first < count; first += kUnroll * stride) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; first < count;
+       first += kUnroll * stride) {
     uint64_t keys[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -110,9 +111,10 @@ cudaError_t kth_magnitude(const MagnitudeParams<T>& p, cudaStream_t stream) {
   constexpr int kKeyBits = sizeof(T) * 8 - 1;
   constexpr int kTop = static_cast<int>(ceil_div(kKeyBits, kDigitBits) - 1) * kDigitBits;
   for (int shift = kTop; shift >= 0; shift -= kDigitBits) {
-    SWAT_LAUNCH(count_digits<T>, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, 0, stream, p.data, p.count, shift,
-                scratch, p.condition);
-    SWAT_LAUNCH(find_digit<T>, 1, kFindThreads, 0, stream, p.k, shift == kTop, shift == 0, scratch, p.result, p.condition);
+    SWAT_LAUNCH(count_digits<T>, blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, 0, stream, p.data, p.count,
+                shift, scratch, p.condition);
+    SWAT_LAUNCH(find_digit<T>, 1, kFindThreads, 0, stream, p.k, shift == kTop, shift == 0, scratch, p.result,
+                p.condition);
   }
   return cudaGetLastError();
 }

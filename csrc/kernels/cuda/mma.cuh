@@ -55,12 +55,12 @@ inline float round_to_tf32(float value) {
 
 template <typename T>
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-#define SWAT_MMA(T, shape)                                                                                      \
-  template <>                                                                                                   \
-  __device__ inline void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                \
-    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                           \
+#define SWAT_MMA(T, shape)                                                                                    \
+  template <>                                                                                                 \
+  __device__ inline void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {              \
+    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
   }
 SWAT_MMA(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SWAT_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")

@@ -14,7 +14,7 @@ struct PackedView {
   const uint64_t* words;  // [ceil(numel / 64)]
   const int64_t* ranks;   // [ceil(numel / 1024)]
   int64_t numel;
-  int64_t capacity;       // elements of `values`
+  int64_t capacity;  // elements of `values`
 };
 
 // A dense [N, C, H, W] tensor with any strides; fewer dimensions have leading ones.

@@ -38,9 +38,9 @@ SWAT_HOST_DEVICE inline int recomputed(int value) {
 }
 
 // Return the error of a call, or of the launch before it, from the launcher around it.
-#define SWAT_TRY(call)                           \
-  do {                                           \
-    const cudaError_t swat_error = (call);       \
+#define SWAT_TRY(call)                                \
+  do {                                                \
+    const cudaError_t swat_error = (call);            \
     if (swat_error != cudaSuccess) return swat_error; \
   } while (0)
 

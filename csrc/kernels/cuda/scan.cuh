@@ -10,7 +10,8 @@ inline constexpr int kScanItems = 8;
 inline constexpr int kScanTile = kScanThreads * kScanItems;
 
 template <typename V>
-__global__ void __launch_bounds__(kScanThreads) scan_tile_sums(const V* data, int64_t count, V* sums, const int32_t* condition) {
+__global__ void __launch_bounds__(kScanThreads)
+    scan_tile_sums(const V* data, int64_t count, V* sums, const int32_t* condition) {
   __shared__ V shared[kWarp + 1];
   if (skipped(condition)) return;
   V sum = 0;
@@ -24,7 +25,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_tile_sums(const V* data, in
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kScanThreads) scan_sums(V* sums, int64_t tiles, V* total_out, const int32_t* condition) {
+__global__ void __launch_bounds__(kScanThreads)
+    scan_sums(V* sums, int64_t tiles, V* total_out, const int32_t* condition) {
   __shared__ V shared[kWarp + 1];
   if (skipped(condition)) return;
   V before = 0;
@@ -39,7 +41,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_sums(V* sums, int64_t tiles
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kScanThreads) scan_tiles(V* data, int64_t count, const V* sums, const int32_t* condition) {
+__global__ void __launch_bounds__(kScanThreads)
+    scan_tiles(V* data, int64_t count, const V* sums, const int32_t* condition) {
   __shared__ V shared[kWarp + 1];
   if (skipped(condition)) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScanTile + threadIdx.x * kScanItems;

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kGradThreads) grad_plain(GradParams<T, Compute
     __syncthreads();
     stage_input<T, C, kPixels>(p, block, tile, pixels, patch, [](T value) { return load(value); });
     __syncthreads();
-    stage_grad<T, C, kPixels>(p, block, pixels, [&](int r, int pixel, T value) { grad[pixel * kStride + r] = load(value); });
+    stage_grad<T, C, kPixels>(p, block, pixels,
+                              [&](int r, int pixel, T value) { grad[pixel * kStride + r] = load(value); });
     __syncthreads();
 #pragma unroll 2
     for (int k = 0; k < kPixels; ++k) {
@@ -89,8 +90,8 @@ constexpr int kTensorPixels = sizeof(T) == 4 ? 64 : 128;
 template <typename T>
 __global__ void __launch_bounds__(kGradThreads) grad_tensor(GradParams<T, T> p) {
   constexpr int kPixels = kTensorPixels<T>;
-  constexpr int kPack = 4 / sizeof(T);         // numbers of one register
-  constexpr int kDepth = 8 * kPack;            // pixels of one mma
+  constexpr int kPack = 4 / sizeof(T);          // numbers of one register
+  constexpr int kDepth = 8 * kPack;             // pixels of one mma
   constexpr int kStride = kPixels + 4 * kPack;  // a lane's row starts 4 banks after the one before
   __shared__ GradPixel pixels[kPixels];
   __shared__ __align__(16) T grad[kGradRows * kStride];  // [row, pixel]
@@ -143,7 +144,8 @@ __global__ void __launch_bounds__(kGradThreads) grad_tensor(GradParams<T, T> p) 
           for (int j = 0; j < kPack; ++j) {
             // A pixel that is not there is 0 and not what lies in its place, which times a dy of 0 may be NaN.
             if (at[i][j] >= 0) {
-              right[i] |= static_cast<uint32_t>(bit_copy<typename Traits<T>::Bits>(patch[at[i][j] + offsets[n]])) << (16 * j);
+              right[i] |= static_cast<uint32_t>(bit_copy<typename Traits<T>::Bits>(patch[at[i][j] + offsets[n]]))
+                          << (16 * j);
             }
           }
         }
@@ -169,7 +171,8 @@ __global__ void __launch_bounds__(kGradThreads) grad_tensor(GradParams<T, T> p) 
 constexpr int kThreads = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_slices(const Compute<T>* partial, int64_t slices, int64_t count, T* result) {
+__global__ void __launch_bounds__(kThreads)
+    add_slices(const Compute<T>* partial, int64_t slices, int64_t count, T* result) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= count) return;
   Compute<T> sum = 0;
@@ -184,7 +187,8 @@ __global__ void __launch_bounds__(kThreads) grad_direct(WeightGradParams<T> p, i
   const int at = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (at >= count) return;
   const int taps = static_cast<int>(g.taps()), group_in = static_cast<int>(g.in_channels) / static_cast<int>(g.groups);
-  const int tap = at % taps, row = at / taps / group_in, group = row / (static_cast<int>(g.out_channels) / static_cast<int>(g.groups));
+  const int tap = at % taps, row = at / taps / group_in,
+            group = row / (static_cast<int>(g.out_channels) / static_cast<int>(g.groups));
   const int64_t channel = group * group_in + at / taps % group_in;
   const int tap_y = tap / static_cast<int>(g.kernel_width), tap_x = tap % static_cast<int>(g.kernel_width);
   Compute<T> sum = 0;
@@ -209,8 +213,8 @@ __global__ void __launch_bounds__(kThreads) grad_direct(WeightGradParams<T> p, i
 // A 1x1 convolution without stride or padding sees no neighbours: one long row makes longer runs. The packed input always joins.
 template <typename T>
 void join_rows(ConvGeometry& g, ImageView<const T>& grad) {
-  const bool pointwise = g.taps() == 1 && g.stride_height == 1 && g.stride_width == 1 && g.pad_top == 0 && g.pad_left == 0 &&
-                         g.out_height == g.in_height && g.out_width == g.in_width;
+  const bool pointwise = g.taps() == 1 && g.stride_height == 1 && g.stride_width == 1 && g.pad_top == 0 &&
+                         g.pad_left == 0 && g.out_height == g.in_height && g.out_width == g.in_width;
   if (!pointwise || grad.row_stride != grad.width * grad.column_stride) return;
   g.in_width = g.out_width = g.in_width * g.in_height;
   g.in_height = g.out_height = 1;
@@ -275,13 +279,14 @@ cudaError_t convolution_weight_grad(const WeightGradParams<T>& p, cudaStream_t s
   }
   SWAT_TRY(cudaGetLastError());
   if (plan.slices > 1) {
-    SWAT_LAUNCH(add_slices<T>, ceil_div(count, kThreads), kThreads, 0, stream, partial, plan.slices, count, p.grad_weight);
+    SWAT_LAUNCH(add_slices<T>, ceil_div(count, kThreads), kThreads, 0, stream, partial, plan.slices, count,
+                p.grad_weight);
   }
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                                             \
-  template size_t convolution_weight_grad_scratch(const WeightGradParams<T>&);          \
+#define SWAT_INSTANTIATE(T)                                                    \
+  template size_t convolution_weight_grad_scratch(const WeightGradParams<T>&); \
   template cudaError_t convolution_weight_grad(const WeightGradParams<T>&, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

@@ -13,8 +13,8 @@ struct GradParams {
   WeightGradPlan plan;
   ImageView<const T> grad_output;
   PackedView<T> input;
-  T* grad_weight;         // written where there is one slice
-  Compute<T>* partial;    // [slices, out_channels, group_in * taps] where there are several
+  T* grad_weight;       // written where there is one slice
+  Compute<T>* partial;  // [slices, out_channels, group_in * taps] where there are several
 };
 
 // The part of dW that a block computes, and the tiles that it sums over.
@@ -26,12 +26,15 @@ struct GradBlock {
 
 __device__ inline GradBlock grad_block(const ConvGeometry& g, const WeightGradPlan& plan) {
   GradBlock block;
-  const uint32_t row_blocks = static_cast<uint32_t>(plan.row_blocks), column_blocks = static_cast<uint32_t>(plan.column_blocks);
-  const int taps = static_cast<int>(g.taps()), columns = static_cast<int>(g.in_channels) / static_cast<int>(g.groups) * taps;
+  const uint32_t row_blocks = static_cast<uint32_t>(plan.row_blocks),
+                 column_blocks = static_cast<uint32_t>(plan.column_blocks);
+  const int taps = static_cast<int>(g.taps()),
+            columns = static_cast<int>(g.in_channels) / static_cast<int>(g.groups) * taps;
   block.first_row = static_cast<int>(blockIdx.x % row_blocks) * kGradRows;
   block.first_column = static_cast<int>(blockIdx.x / row_blocks % column_blocks) * kGradColumns;
   block.group = static_cast<int>(blockIdx.x / row_blocks / column_blocks);
-  const int last_column = (block.first_column + kGradColumns < columns ? block.first_column + kGradColumns : columns) - 1;
+  const int last_column =
+      (block.first_column + kGradColumns < columns ? block.first_column + kGradColumns : columns) - 1;
   block.first_channel = block.first_column / taps;
   block.channels = last_column / taps - block.first_channel + 1;
   const int tiles = static_cast<int>(plan.tiles()), slices = static_cast<int>(plan.slices);
@@ -48,7 +51,8 @@ struct GradPixel {
 };
 
 // Where column (channel, tap) of the block reads, relative to a pixel.
-__device__ inline int column_offset(const ConvGeometry& g, const WeightGradPlan& plan, const GradBlock& block, int column) {
+__device__ inline int column_offset(const ConvGeometry& g, const WeightGradPlan& plan, const GradBlock& block,
+                                    int column) {
   const int taps = static_cast<int>(g.taps()), kernel_width = static_cast<int>(g.kernel_width);
   const int at = block.first_column + column, channel = at / taps - block.first_channel, tap = at % taps;
   if (channel >= block.channels) return 0;  // past the end: what is computed there is not written
@@ -59,8 +63,8 @@ __device__ inline int column_offset(const ConvGeometry& g, const WeightGradPlan&
 
 // Fills `pixels` and the input tile for tile number `tile`; convert(value) is what is stored. Barriers are the caller's.
 template <typename T, typename S, int kPixels, typename Convert>
-__device__ inline void stage_input(const GradParams<T, S>& p, const GradBlock& block, int tile, GradPixel* pixels, S* patch,
-                                   Convert convert) {
+__device__ inline void stage_input(const GradParams<T, S>& p, const GradBlock& block, int tile, GradPixel* pixels,
+                                   S* patch, Convert convert) {
   const ConvGeometry& g = p.geometry;
   const int tiles_w = static_cast<int>(p.plan.tiles_w), tiles_h = static_cast<int>(p.plan.tiles_h);
   const int height = static_cast<int>(p.plan.tile_height), width = static_cast<int>(p.plan.tile_width);
@@ -94,7 +98,8 @@ __device__ inline void stage_input(const GradParams<T, S>& p, const GradBlock& b
     }
     if (inside) {
       const int64_t channel = static_cast<int64_t>(block.group) * g.group_in() + block.first_channel + c;
-      const int64_t index = (((sample + n) * g.in_channels + channel) * g.in_height + first_row + y) * in_width + first_column;
+      const int64_t index =
+          (((sample + n) * g.in_channels + channel) * g.in_height + first_row + y) * in_width + first_column;
       expand_run(p.input, index + begin, stop - begin, [&](int i, T value) { to[begin + i] = convert(value); });
     }
   }
@@ -106,7 +111,8 @@ __device__ inline void stage_grad(const GradParams<T, S>& p, const GradBlock& bl
   const bool by_channel = p.grad_output.channel_stride == 1 && p.grad_output.column_stride != 1;
   const int rows = static_cast<int>(p.geometry.out_channels) / static_cast<int>(p.geometry.groups) - block.first_row;
   const T* const from =
-      p.grad_output.data + (static_cast<int64_t>(block.group) * p.geometry.group_out() + block.first_row) * p.grad_output.channel_stride;
+      p.grad_output.data +
+      (static_cast<int64_t>(block.group) * p.geometry.group_out() + block.first_row) * p.grad_output.channel_stride;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kGradRows * kPixels; i += kGradThreads) {
     const int row = by_channel ? i % kGradRows : i / kPixels, pixel = by_channel ? i / kGradRows : i % kPixels;
@@ -120,7 +126,8 @@ template <typename T, typename S>
 __device__ inline void put_sum(const GradParams<T, S>& p, const GradBlock& block, int row, int column, Compute<T> sum) {
   const int64_t columns = p.geometry.group_in() * p.geometry.taps();
   if (block.first_row + row >= p.geometry.group_out() || block.first_column + column >= columns) return;
-  const int64_t at = (block.group * p.geometry.group_out() + block.first_row + row) * columns + block.first_column + column;
+  const int64_t at =
+      (block.group * p.geometry.group_out() + block.first_row + row) * columns + block.first_column + column;
   if (p.plan.slices == 1) {
     p.grad_weight[at] = store<T>(sum);
   } else {

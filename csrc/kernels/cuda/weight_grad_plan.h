@@ -10,7 +10,7 @@ inline constexpr int kGradColumns = 64;  // (channel, tap) pairs of a block
 inline constexpr int kGradThreads = 128;
 inline constexpr int64_t kGradPatchBytes = 28 << 10;
 inline constexpr int64_t kGradPartialBytes = 64 << 20;  // most memory for sums that are yet to be added up
-inline constexpr int64_t kGradBlocks = 1024;            // about this many blocks fill any GPU; the same on all, so that sums are
+inline constexpr int64_t kGradBlocks = 1024;  // about this many blocks fill any GPU; the same on all, so that sums are
 
 struct WeightGradPlan {
   int64_t tile_samples, tile_height, tile_width;  // output pixels in shared memory together

@@ -26,15 +26,16 @@ template <typename T, typename F>
 __device__ inline void each_tap(const WeightListParams<T>& p, int64_t unit, bool ranked, F f) {
   const int64_t channel = unit % p.channels, row = unit / p.channels % p.rows, group = unit / p.channels / p.rows;
   const int64_t taps = p.rows_axis.taps * p.columns_axis.taps;
-  const int64_t slice = p.backward ? (group * p.channels + channel) * p.rows + row
-                                   : (group * p.rows + row) * p.channels + channel;
+  const int64_t slice =
+      p.backward ? (group * p.channels + channel) * p.rows + row : (group * p.rows + row) * p.channels + channel;
   int64_t rank = ranked ? rank_before(p.weight.words, p.weight.ranks, slice * taps) : 0;
   for (int64_t first = 0; first < taps; first += 32) {
     uint32_t bits = bits_at(p.weight.words, p.weight.numel, slice * taps + first) &
                     low_bits(static_cast<int>(taps - first < 32 ? taps - first : 32));
     for (; bits != 0; bits &= bits - 1, ++rank) {
       const int64_t tap = first + count_bits(~bits & (bits - 1));
-      if (p.rows_axis.present(tap / p.columns_axis.taps) && p.columns_axis.present(tap % p.columns_axis.taps)) f(rank, tap);
+      if (p.rows_axis.present(tap / p.columns_axis.taps) && p.columns_axis.present(tap % p.columns_axis.taps))
+        f(rank, tap);
     }
   }
 }
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kListThreads) fill_lists(WeightListParams<T> p
   each_tap(p, unit, true, [&](int64_t rank, int64_t tap) {
     int64_t offset = channel * taps + tap;
     if (p.patch != 0) {
-      offset = channel * p.patch + (p.rows_axis.coordinate(tap / p.columns_axis.taps) - p.rows_axis.lowest) * p.patch_width +
+      offset = channel * p.patch +
+               (p.rows_axis.coordinate(tap / p.columns_axis.taps) - p.rows_axis.lowest) * p.patch_width +
                p.columns_axis.coordinate(tap % p.columns_axis.taps) - p.columns_axis.lowest;
     }
     p.entries[at++] = {load(p.weight.values[rank]), static_cast<int32_t>(offset)};

@@ -1,0 +1,202 @@
+#include "kernels/cpu/convolution.h"
+
+#include <cmath>
+#include <random>
+
+#include "kernels/cpu/gather_plan.h"
+#include "kernels/cpu/packing.h"
+#include "tables.h"
+
+namespace swat::cpu {
+namespace {
+
+// A dense [N, C, H, W] tensor in one of three layouts, with room around it that no kernel may touch.
+template <typename T>
+struct Image {
+  std::vector<T> data;
+  ImageView<T> view;
+
+  Image(int64_t n, int64_t c, int64_t h, int64_t w, int layout) {
+    view = {nullptr, n, c, h, w, c * h * w, h * w, w, 1};
+    if (layout == 1) view = {nullptr, n, c, h, w, c * h * w, 1, w * c, c};
+    if (layout == 2)
+      view = {nullptr, n, c, h, w, 2 * c * h * w, 2 * w * h, 2, 2 * h};  // every other element, columns outermost
+    data.assign(2 * n * c * h * w + 1, T{0});
+    view.data = data.data();
+  }
+  T& at(int64_t n, int64_t c, int64_t h, int64_t w) {
+    return view.data[n * view.batch_stride + c * view.channel_stride + h * view.row_stride + w * view.column_stride];
+  }
+  ImageView<const T> read() const {
+    return {view.data,         view.batch,          view.channels,   view.height,       view.width,
+            view.batch_stride, view.channel_stride, view.row_stride, view.column_stride};
+  }
+};
+
+template <typename T>
+struct PackedTensor {
+  std::vector<T> values;
+  std::vector<uint64_t> words;
+  std::vector<int64_t> ranks;
+  int64_t numel;
+
+  PackedTensor(const std::vector<T>& dense) : numel(static_cast<int64_t>(dense.size())) {
+    words.resize((numel + 63) / 64);
+    ranks.resize((numel + kBlockBits - 1) / kBlockBits);
+    PlanesView<const T> view{dense.data(), 1, std::max<int64_t>(numel, 1), numel, 0, 0, 1};
+    compress<T>(portable_table, threads(1), view, T{0}, words.data(), ranks.data(), [&](int64_t kept) {
+      values.resize(kept);
+      return values.data();
+    });
+  }
+  PackedView<T> view() const { return {values.data(), words.data(), ranks.data(), numel}; }
+};
+
+template <typename T>
+void check_convolution(const KernelTable& table, const ConvGeometry& g, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  auto sparse = [&](int64_t count, unsigned keep) {
+    std::vector<T> dense(count);
+    for (T& v : dense) v = random() % 8 < keep ? static_cast<T>(normal(random)) : T{0};
+    return dense;
+  };
+  const std::vector<T> weight = sparse(g.out_channels * g.group_in() * g.taps(), random() % 9);
+  const std::vector<T> kept_input = sparse(g.batch * g.in_channels * g.in_height * g.in_width, random() % 9);
+  Image<T> x(g.batch, g.in_channels, g.in_height, g.in_width, random() % 3);
+  Image<T> y(g.batch, g.out_channels, g.out_height, g.out_width, random() % 3);
+  Image<T> dy(g.batch, g.out_channels, g.out_height, g.out_width, random() % 3);
+  Image<T> dx(g.batch, g.in_channels, g.in_height, g.in_width, random() % 3);
+  for (T& v : x.data) v = static_cast<T>(normal(random));
+  for (T& v : dy.data) v = static_cast<T>(normal(random));
+  for (T& v : y.data) v = 77;
+  for (T& v : dx.data) v = 77;
+  std::vector<T> bias(g.out_channels);
+  for (T& v : bias) v = static_cast<T>(normal(random));
+  const PackedTensor<T> packed_weight(weight), packed_input(kept_input);
+  std::vector<T> dw(weight.size(), 77);
+
+  const Parallel pool = threads(random() % 3 + 1);
+  convolution<T>(table, pool, g, x.read(), packed_weight.view(), bias.data(), y.view);
+  convolution_input_grad<T>(table, pool, g, dy.read(), packed_weight.view(), dx.view);
+  convolution_weight_grad<T>(table, pool, g, dy.read(), packed_input.view(), dw.data());
+
+  std::vector<double> want_dx(kept_input.size()), want_dw(weight.size());
+  const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;
+  int64_t written = 0;
+  for (int64_t n = 0; n < g.batch; ++n) {
+    for (int64_t o = 0; o < g.out_channels; ++o) {
+      const int64_t group = o / g.group_out();
+      for (int64_t i = 0; i < g.out_height; ++i) {
+        for (int64_t j = 0; j < g.out_width; ++j) {
+          double sum = bias[o];
+          for (int64_t c = 0; c < g.group_in(); ++c) {
+            for (int64_t t = 0; t < g.taps(); ++t) {
+              const int64_t h = i * g.stride_height - g.pad_top + t / g.kernel_width * g.dilation_height;
+              const int64_t w = j * g.stride_width - g.pad_left + t % g.kernel_width * g.dilation_width;
+              if (h < 0 || h >= g.in_height || w < 0 || w >= g.in_width) continue;
+              const int64_t channel = group * g.group_in() + c;
+              const int64_t at = (o * g.group_in() + c) * g.taps() + t;
+              const int64_t pixel = ((n * g.in_channels + channel) * g.in_height + h) * g.in_width + w;
+              sum += static_cast<double>(weight[at]) * x.at(n, channel, h, w);
+              want_dx[pixel] += static_cast<double>(weight[at]) * dy.at(n, o, i, j);
+              want_dw[at] += static_cast<double>(kept_input[pixel]) * dy.at(n, o, i, j);
+            }
+          }
+          ASSERT_NEAR(y.at(n, o, i, j), sum, tolerance * (1 + std::abs(sum)));
+          ++written;
+        }
+      }
+    }
+  }
+  EXPECT_EQ(written, y.view.batch * y.view.channels * y.view.height * y.view.width);
+  for (size_t i = 0; i < want_dx.size(); ++i) {
+    const int64_t plane = static_cast<int64_t>(i) / (g.in_height * g.in_width);
+    const T got = dx.at(plane / g.in_channels, plane % g.in_channels,
+                        static_cast<int64_t>(i) / g.in_width % g.in_height, static_cast<int64_t>(i) % g.in_width);
+    ASSERT_NEAR(got, want_dx[i], tolerance * (1 + std::abs(want_dx[i]))) << "dx " << i;
+  }
+  for (size_t i = 0; i < want_dw.size(); ++i) {
+    ASSERT_NEAR(dw[i], want_dw[i], tolerance * 4 * (1 + std::abs(want_dw[i]))) << "dw " << i;
+  }
+  // Nothing beside the tensors was written.
+  auto untouched = [](const std::vector<T>& data) { return std::count(data.begin(), data.end(), T{77}); };
+  EXPECT_EQ(untouched(y.data), static_cast<int64_t>(y.data.size()) - written);
+  EXPECT_EQ(untouched(dx.data), static_cast<int64_t>(dx.data.size() - want_dx.size()));
+}
+
+ConvGeometry random_geometry(std::mt19937& random) {
+  auto below = [&](int most) { return static_cast<int64_t>(random() % most); };
+  ConvGeometry g;
+  do {
+    g.groups = below(3) == 0 ? below(4) + 1 : 1;
+    g.in_channels = g.groups * (below(4) == 0 ? below(40) + 1 : below(9) + 1);
+    g.out_channels = g.groups * (below(4) == 0 ? below(40) + 1 : below(9) + 1);
+    g.batch = below(3) == 0 ? below(20) : below(4);
+    g.in_height = below(14) + 1;
+    g.in_width = below(14) + 1;
+    g.kernel_height = below(4) + 1 + (below(6) == 0 ? 3 : 0);
+    g.kernel_width = below(4) + 1;
+    g.stride_height = below(3) + 1;
+    g.stride_width = below(3) + 1;
+    g.dilation_height = below(3) + 1;
+    g.dilation_width = below(3) + 1;
+    g.pad_top = below(4);
+    g.pad_left = below(4);
+    const int64_t spare_height = g.in_height + g.pad_top + below(4) - g.dilation_height * (g.kernel_height - 1) - 1;
+    const int64_t spare_width = g.in_width + g.pad_left + below(4) - g.dilation_width * (g.kernel_width - 1) - 1;
+    g.out_height = spare_height < 0 ? 0 : spare_height / g.stride_height + 1;
+    g.out_width = spare_width < 0 ? 0 : spare_width / g.stride_width + 1;
+  } while (g.out_height == 0 || g.out_width == 0);
+  return g;
+}
+
+template <typename T>
+void check_geometries(const KernelTable& table, int rounds) {
+  std::mt19937 random(3);
+  for (int round = 0; round < rounds; ++round) {
+    const ConvGeometry g = random_geometry(random);
+    check_convolution<T>(table, g, random);
+    if (testing::Test::HasFatalFailure()) {
+      FAIL() << "round " << round << ": batch " << g.batch << " groups " << g.groups << " in " << g.in_channels << "x"
+             << g.in_height << "x" << g.in_width << " out " << g.out_channels << "x" << g.out_height << "x"
+             << g.out_width << " kernel " << g.kernel_height << "x" << g.kernel_width << " stride " << g.stride_height
+             << "," << g.stride_width << " dilation " << g.dilation_height << "," << g.dilation_width << " pad "
+             << g.pad_top << "," << g.pad_left;
+    }
+  }
+}
+
+class ConvolutionTest : public TableTest {};
+
+TEST_P(ConvolutionTest, AgreesWithTheDefinitionInFloat) { check_geometries<float>(table(), 120); }
+TEST_P(ConvolutionTest, AgreesWithTheDefinitionInDouble) { check_geometries<double>(table(), 80); }
+
+INSTANTIATE_TEST_SUITE_P(Sets, ConvolutionTest, testing::ValuesIn(tables()), table_name);
+
+// Every tap must find, `i` places after its packed position, the coordinate of output i.
+TEST(PackAxis, PutsNeighbouringOutputsSideBySide) {
+  std::mt19937 random(5);
+  for (int round = 0; round < 300; ++round) {
+    const int64_t tile = random() % 8 + 1, step = random() % 4 + 1;
+    std::vector<int64_t> taps;
+    int64_t at = static_cast<int64_t>(random() % 9) - 6;
+    for (unsigned k = random() % 7; k-- > 0; at += random() % 5 + 1) taps.push_back(random() % 5 == 0 ? kNoTap : at);
+    const PackedAxis axis = pack_axis(tile, step, taps);
+    ASSERT_EQ(axis.tap.size(), taps.size());
+    for (size_t k = 0; k < taps.size(); ++k) {
+      if (taps[k] == kNoTap) {
+        EXPECT_EQ(axis.tap[k], -1);
+        continue;
+      }
+      ASSERT_GE(axis.tap[k], 0);
+      for (int64_t i = 0; i < tile; ++i) ASSERT_EQ(axis.source.at(axis.tap[k] + i), taps[k] + i * step);
+    }
+    // No coordinate is packed twice.
+    std::vector<int32_t> sorted = axis.source;
+    std::sort(sorted.begin(), sorted.end());
+    EXPECT_EQ(std::adjacent_find(sorted.begin(), sorted.end()), sorted.end());
+  }
+}
+
+}  // namespace
+}  // namespace swat::cpu
