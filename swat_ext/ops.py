@@ -279,7 +279,7 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
 
 
 def _refuse_second_derivative(name: str) -> None:
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output, keyword_only_inputs=None) -> None:  # type: ignore[no-untyped-def]
         pass
 
     def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
