@@ -301,7 +301,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"batch {result['batch']}, {machine['threads']} threads, {machine['cpu']}, {machine['isa']}", fontsize=9
     )
-    axes.legend(fontsize=8)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.12)
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

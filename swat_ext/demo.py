@@ -31,7 +31,7 @@ __all__ = ["Comparison", "Outcome", "compare", "main"]
 
 # The size of the demo: under six minutes on two cores, most of it the dense run.
 WIDTH = 0.5
-EPOCHS = 6
+EPOCHS = 5
 SAMPLES = 3072
 TEST_SAMPLES = 2048
 BATCH_SIZE = 64

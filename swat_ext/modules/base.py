@@ -127,7 +127,6 @@ class SWATLayer(nn.Module):
         self.__class__ = self.dense_class  # type: ignore[assignment]
 
     # --- Settings
-    # ----------------------------------------------------------------------------------------------------------
 
     @property
     def sparsity(self) -> float:
@@ -216,7 +215,6 @@ class SWATLayer(nn.Module):
         self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
 
     # --- Selection
-    # ---------------------------------------------------------------------------------------------------------
 
     def _select_weight(self) -> Packed:
         """``top(weight)`` as this mode takes it: with the running threshold in training, exactly in evaluation."""
@@ -258,7 +256,6 @@ class SWATLayer(nn.Module):
             raise ValueError(f"input: expected device {self.weight.device}, that of weight, got {input.device}")
 
     # --- Steps
-    # -------------------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -323,7 +320,6 @@ class SWATLayer(nn.Module):
         self._clock[ops.CLOCK_DUE + slot] = _UNKNOWN
 
     # --- torch.nn.Module
-    # ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling and deepcopy: the copy's weight has another version and another address, and that is not a step.
