@@ -9,7 +9,6 @@ saved in that dtype, with sums in float32; on the CPU in float32. Weights are se
 """
 
 import math
-from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
 from typing import Literal, NamedTuple
 
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C
+from swat_ext.autocast import autocast_call, autocast_input, autocast_of
 from swat_ext.ops import convolution_size
 
 __all__ = [
     "HAS_CUDA",
     "HOW_TO_BUILD_CUDA",
     "Packed",
-    "autocast_input",
     "check_tensor",
     "compress",
     "conv2d",
@@ -105,62 +104,6 @@ def check_tensor(name: str, tensor: object) -> None:
 def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Dtypes that there are kernels for on ``device``."""
     return _FULL + _HALF if device.type == "cuda" else _FULL
-
-
-class _Cast(NamedTuple):
-    """Under autocast: the dtype that is computed in, and that of the result."""
-
-    compute: torch.dtype
-    result: torch.dtype
-
-
-def _autocast(input: object) -> _Cast | None:
-    """What ``torch.autocast`` asks of a layer with this input; None where it is off or leaves it alone (float64).
-
-    The CPU kernels have no half types: there the layer computes in float32 and rounds its result alone.
-    """
-    if not isinstance(input, Tensor) or input.dtype not in (torch.float32, *_HALF):
-        return None
-    kind = input.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return None
-    result = torch.get_autocast_dtype(kind)
-    return _Cast(torch.float32 if kind == "cpu" else result, result)
-
-
-def autocast_input(input: Tensor) -> Tensor:
-    """``input`` in the dtype that is selected, packed and computed in: not always its own under autocast."""
-    cast = _autocast(input)
-    return input if cast is None else input.to(cast.compute)
-
-
-def _autocast_call(
-    function: Callable[..., Tensor],
-    cast: _Cast,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed_weight: Packed,
-    packed_input: Packed | None,
-    *arguments: object,
-    **keywords: object,
-) -> Tensor:
-    """``function`` with everything cast, and autocast off so that it does not cast once more."""
-
-    def packed(tensor: Packed) -> Packed:
-        return tensor._replace(values=tensor.values.to(cast.compute))
-
-    with torch.autocast(input.device.type, enabled=False):
-        output = function(
-            input.to(cast.compute),
-            weight.to(cast.compute),
-            None if bias is None else bias.to(cast.compute),
-            packed(packed_weight),
-            None if packed_input is None else packed(packed_input),
-            *arguments,
-            **keywords,
-        )
-        return output.to(cast.result)
 
 
 def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -308,10 +251,10 @@ def conv2d_packed(
     """
     if backend not in _CONVOLUTIONS:
         raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
-    cast = _autocast(input)
+    cast = autocast_of(input)
     if cast is not None:
         geometry = (stride, padding, dilation, groups)
-        return _autocast_call(
+        return autocast_call(
             conv2d_packed, cast, input, weight, bias, packed_weight, packed_input, *geometry, backend=backend
         )
     check_tensor("input", input)
@@ -457,9 +400,9 @@ def linear_packed(
     Raises:
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
     """
-    cast = _autocast(input)
+    cast = autocast_of(input)
     if cast is not None:
-        return _autocast_call(linear_packed, cast, input, weight, bias, packed_weight, packed_input, backend=backend)
+        return autocast_call(linear_packed, cast, input, weight, bias, packed_weight, packed_input, backend=backend)
     _check_linear(input, weight)
     if input.numel() == 0 or weight.numel() == 0:
         # Nothing to multiply: no image has so few pixels, and PyTorch's own layer costs nothing.
@@ -478,7 +421,7 @@ def linear_packed(
 
 def _check_linear(input: Tensor, weight: Tensor) -> None:
     check_tensor("input", input)
-    if _autocast(input) is None:
+    if autocast_of(input) is None:
         _check_like("weight", weight, "input", input)
     else:
         check_tensor("weight", weight)
