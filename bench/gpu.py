@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import swat_ext
 from swat_ext import ops
+from swat_ext.arguments import HAS_CUDA
 from swat_ext.models.resnet import resnet50
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="no new measurement begins after this long")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or not swat_ext.functional.HAS_CUDA:
+    if not torch.cuda.is_available() or not HAS_CUDA:
         parser.exit(1, "needs a GPU, and swat_ext built with SWAT_CUDA=1\n")
     gpu = torch.cuda.get_device_name()
     result: dict[str, Any] = {

@@ -15,15 +15,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from swat_ext import _C
+from swat_ext.arguments import (
+    IntPair,
+    as_threshold,
+    check_like,
+    check_tensor,
+    int_pair,
+    padding_of_sides,
+    prefers_channels_last,
+)
 from swat_ext.autocast import autocast_call, autocast_input, autocast_of
 from swat_ext.ops import convolution_size
 
 __all__ = [
-    "HAS_CUDA",
-    "HOW_TO_BUILD_CUDA",
     "Packed",
-    "check_tensor",
     "compress",
     "conv2d",
     "conv2d_packed",
@@ -33,21 +38,9 @@ __all__ = [
     "linear",
     "linear_input_view",
     "linear_packed",
-    "padding_of_sides",
-    "prefers_channels_last",
-    "supported_dtypes",
 ]
 
-_FULL = (torch.float32, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
-HAS_CUDA = _C.build_info()["cuda"]
-HOW_TO_BUILD_CUDA = (
-    "this build of swat_ext has no CUDA kernels; where torch has CUDA and nvcc is on the PATH, run "
-    '"SWAT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ." in its sources'
-)
 _CONVOLUTIONS = {"sparse": "conv2d", "dense": "masked_conv2d"}
-
-IntPair = int | tuple[int, int] | list[int]
 
 
 class Packed(NamedTuple):
@@ -84,90 +77,10 @@ def keep_count(numel: int, sparsity: float) -> int:
     return int(((1 - Decimal(repr(float(sparsity)))) * numel).to_integral_value(ROUND_CEILING))
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for such a ``tensor``."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
-    kind = tensor.device.type
-    if kind == "cuda" and not HAS_CUDA:
-        raise NotImplementedError(f"{name}: expected a CPU tensor, got device {tensor.device}; {HOW_TO_BUILD_CUDA}")
-    if kind not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
-    if tensor.dtype not in supported_dtypes(tensor.device):
-        halves = ", bfloat16 or float16" if kind == "cuda" else ""
-        numbers = "float32, float64" if halves else "float32 or float64"
-        raise TypeError(f"{name}: expected dtype {numbers}{halves}, got {tensor.dtype}")
-
-
-def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes that there are kernels for on ``device``."""
-    return _FULL + _HALF if device.type == "cuda" else _FULL
-
-
-def _check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    check_tensor(name, tensor)
-    if tensor.dtype != reference.dtype:
-        raise TypeError(f"{name}: expected dtype {reference.dtype}, that of {reference_name}, got {tensor.dtype}")
-    if tensor.device != reference.device:
-        raise ValueError(f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}")
-
-
 def _check_packed(name: str, packed: Packed, size: torch.Size, input: Tensor) -> None:
     if packed.size != size:
         raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
-    _check_like(name, packed.values, "input", input)
-
-
-def _threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
-    """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
-    if isinstance(threshold, Tensor):
-        if threshold.numel() != 1 or threshold.is_complex():
-            raise ValueError(f"{name}: expected one real number, got a tensor of shape {tuple(threshold.shape)}")
-        return threshold.detach().reshape(()).to(dtype=like.dtype, device=like.device)
-    if not isinstance(threshold, (int, float)):
-        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(threshold).__name__}")
-    if threshold < 0:
-        raise ValueError(f"{name}: expected at least 0, got {threshold}")
-    return torch.full((), threshold, dtype=like.dtype, device=like.device)
-
-
-def _pair(name: str, value: IntPair, least: int) -> list[int]:
-    pair = list(value) if isinstance(value, (tuple, list)) else [value]
-    # Sizes being traced are torch.SymInt.
-    if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):
-        raise TypeError(f"{name}: expected one or two integers, got {value!r}")
-    if len(pair) == 1:
-        pair = pair * 2
-    if len(pair) != 2:
-        raise ValueError(f"{name}: expected one or two integers, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-    return pair
-
-
-def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
-    """Padding as ``[top, bottom, left, right]``."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return [0, 0, 0, 0]
-        if padding != "same":
-            raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
-        if stride != [1, 1]:
-            raise ValueError(f"padding: 'same' needs stride 1, got stride {tuple(stride)}")
-        total = [dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
-        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
-    rows, columns = _pair("padding", padding, 0)
-    return [rows, rows, columns, columns]
-
-
-def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
-    return any(
-        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        for tensor in (input, weight)
-    )
+    check_like(name, packed.values, "input", input)
 
 
 def kth_magnitude(input: Tensor, k: int) -> Tensor:
@@ -258,7 +171,7 @@ def conv2d_packed(
             conv2d_packed, cast, input, weight, bias, packed_weight, packed_input, *geometry, backend=backend
         )
     check_tensor("input", input)
-    _check_like("weight", weight, "input", input)
+    check_like("weight", weight, "input", input)
     if weight.dim() != 4:
         raise ValueError(f"weight: expected 4 dimensions [O, C / groups, kh, kw], got shape {tuple(weight.shape)}")
     if input.dim() not in (3, 4):
@@ -284,11 +197,11 @@ def conv2d_packed(
     if min(kernel) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if bias is not None:
-        _check_like("bias", bias, "input", input)
+        check_like("bias", bias, "input", input)
         if bias.shape != (out_channels,):
             raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
-    strides = _pair("stride", stride, 1)
-    dilations = _pair("dilation", dilation, 1)
+    strides = int_pair("stride", stride, 1)
+    dilations = int_pair("dilation", dilation, 1)
     paddings = padding_of_sides(padding, kernel, strides, dilations)
     output_size = convolution_size(input.shape, weight.shape, strides, paddings, dilations)
     for axis, extent in enumerate(output_size[2:]):
@@ -361,13 +274,13 @@ def conv2d(
     if torch.is_grad_enabled() and weight.requires_grad:
         packed_input = Packed(*_compress("activation_threshold", input, activation_threshold), input.shape)
     else:
-        _threshold("activation_threshold", activation_threshold, input)
+        as_threshold("activation_threshold", activation_threshold, input)
     packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
     return conv2d_packed(input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups)
 
 
 def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.swat_ext.compress(tensor.detach(), _threshold(name, threshold, tensor))
+    return torch.ops.swat_ext.compress(tensor.detach(), as_threshold(name, threshold, tensor))
 
 
 def linear_input_view(input: Tensor) -> Tensor:
@@ -422,7 +335,7 @@ def linear_packed(
 def _check_linear(input: Tensor, weight: Tensor) -> None:
     check_tensor("input", input)
     if autocast_of(input) is None:
-        _check_like("weight", weight, "input", input)
+        check_like("weight", weight, "input", input)
     else:
         check_tensor("weight", weight)
     if weight.dim() != 2:
@@ -460,6 +373,6 @@ def linear(
         view = linear_input_view(input)
         packed_input = Packed(*_compress("activation_threshold", view, activation_threshold), view.shape)
     else:
-        _threshold("activation_threshold", activation_threshold, input)
+        as_threshold("activation_threshold", activation_threshold, input)
     packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
     return linear_packed(input, weight, bias, packed_weight, packed_input)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from swat_ext.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.config import SWATConfig
-from swat_ext.functional import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "sparsify_", "survey", "to_dense"]

@@ -5,8 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swat_ext import functional
+from swat_ext.arguments import HAS_CUDA
 
-pytestmark = pytest.mark.skipif(functional.HAS_CUDA, reason="swat_ext was built with CUDA kernels")
+pytestmark = pytest.mark.skipif(HAS_CUDA, reason="swat_ext was built with CUDA kernels")
 
 
 def test_a_cuda_tensor_says_how_to_build() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext import ops
+from swat_ext.arguments import check_tensor, padding_of_sides, prefers_channels_last
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
-from swat_ext.functional import Packed, check_tensor, decompress, padding_of_sides, prefers_channels_last
+from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
 from swat_ext.modules.measure import Problem, measured_choice
 

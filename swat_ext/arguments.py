@@ -1,0 +1,114 @@
+"""The arguments of the public functions: checked, and brought to the form that the operators take.
+
+Every message names the argument, what was expected and what came.
+"""
+
+import torch
+from torch import Tensor
+
+from swat_ext import _C
+
+__all__ = [
+    "HAS_CUDA",
+    "HOW_TO_BUILD_CUDA",
+    "IntPair",
+    "as_threshold",
+    "check_like",
+    "check_tensor",
+    "int_pair",
+    "padding_of_sides",
+    "prefers_channels_last",
+    "supported_dtypes",
+]
+
+_FULL = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+HAS_CUDA = _C.build_info()["cuda"]
+HOW_TO_BUILD_CUDA = (
+    "this build of swat_ext has no CUDA kernels; where torch has CUDA and nvcc is on the PATH, run "
+    '"SWAT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ." in its sources'
+)
+
+IntPair = int | tuple[int, int] | list[int]
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for such a ``tensor``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+    kind = tensor.device.type
+    if kind == "cuda" and not HAS_CUDA:
+        raise NotImplementedError(f"{name}: expected a CPU tensor, got device {tensor.device}; {HOW_TO_BUILD_CUDA}")
+    if kind not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
+    if tensor.dtype not in supported_dtypes(tensor.device):
+        halves = ", bfloat16 or float16" if kind == "cuda" else ""
+        numbers = "float32, float64" if halves else "float32 or float64"
+        raise TypeError(f"{name}: expected dtype {numbers}{halves}, got {tensor.dtype}")
+
+
+def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Dtypes that there are kernels for on ``device``."""
+    return _FULL + _HALF if device.type == "cuda" else _FULL
+
+
+def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise unless ``tensor`` is one that there are kernels for, of the dtype and on the device of ``reference``."""
+    check_tensor(name, tensor)
+    if tensor.dtype != reference.dtype:
+        raise TypeError(f"{name}: expected dtype {reference.dtype}, that of {reference_name}, got {tensor.dtype}")
+    if tensor.device != reference.device:
+        raise ValueError(f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}")
+
+
+def as_threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
+    """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
+    if isinstance(threshold, Tensor):
+        if threshold.numel() != 1 or threshold.is_complex():
+            raise ValueError(f"{name}: expected one real number, got a tensor of shape {tuple(threshold.shape)}")
+        return threshold.detach().reshape(()).to(dtype=like.dtype, device=like.device)
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(threshold).__name__}")
+    if threshold < 0:
+        raise ValueError(f"{name}: expected at least 0, got {threshold}")
+    return torch.full((), threshold, dtype=like.dtype, device=like.device)
+
+
+def int_pair(name: str, value: IntPair, least: int) -> list[int]:
+    """One integer or two, each at least ``least``, as ``[rows, columns]``."""
+    pair = list(value) if isinstance(value, (tuple, list)) else [value]
+    # Sizes being traced are torch.SymInt.
+    if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):
+        raise TypeError(f"{name}: expected one or two integers, got {value!r}")
+    if len(pair) == 1:
+        pair = pair * 2
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one or two integers, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return pair
+
+
+def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """Padding as ``[top, bottom, left, right]``."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if padding != "same":
+            raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
+        if stride != [1, 1]:
+            raise ValueError(f"padding: 'same' needs stride 1, got stride {tuple(stride)}")
+        total = [dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
+        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
+    rows, columns = int_pair("padding", padding, 0)
+    return [rows, rows, columns, columns]
+
+
+def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
+    return any(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in (input, weight)
+    )
