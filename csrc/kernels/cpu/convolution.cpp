@@ -94,7 +94,6 @@ void run_gather(const KernelTable& table, const Parallel& parallel, const ConvGe
   std::vector<int64_t> starts(plan.lists + 2, 0);
   WeightListParams<T> lists;
   lists.weight = weight;
-  lists.groups = geometry.groups;
   lists.group_in = group_in;
   lists.group_out = geometry.group_out();
   lists.taps = taps;

@@ -13,7 +13,6 @@ constexpr double kL1Bytes = 28 << 10;  // of 32 KiB: lists and sums pass through
 constexpr double kL2Bytes = 384 << 10;
 constexpr int64_t kSumsBytes = 192 << 10;  // finished rows of one tile, kept in L2
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 // Cut the channels in blocks of at most `block_channels`, inside a group or over whole groups.

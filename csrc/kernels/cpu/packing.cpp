@@ -15,8 +15,6 @@ constexpr int64_t kGrainElements = 1 << 15;  // below this a thread costs more t
 constexpr int64_t kGrainBlocks = 1 << 10;    // of the rank directory
 constexpr int64_t kTaskElements = 1 << 18;   // compressed in one go: a few of them a thread, so that none waits long
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 template <typename T>

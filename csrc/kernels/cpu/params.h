@@ -6,6 +6,9 @@
 
 namespace swat::cpu {
 
+// a / b rounded up, for a >= 0 and b > 0.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---- Packed tensors ---------------------------------------------------------------------------------------------------------
 
 inline constexpr int64_t kBlockBits = 1024;  // elements between two entries of the rank directory
@@ -87,7 +90,7 @@ struct ChannelBlock {
 template <typename T>
 struct WeightListParams {
   PackedView<T> weight;
-  int64_t groups, group_in, group_out, taps;
+  int64_t group_in, group_out, taps;
   const int32_t*
       element_offset;  // [group_in * taps] bytes in the tile, relative to the block; kAbsent: not part of this pass
   const int32_t* element_row;  // [group_in * taps] input channel of the group (input gradient only)

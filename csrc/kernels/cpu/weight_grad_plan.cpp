@@ -17,8 +17,6 @@ constexpr int64_t kMostSlices = 8;
 constexpr int64_t kRunTaps = 3;     // taps a run has along one axis at most
 constexpr int64_t kLongRow = 4096;  // columns of a tile at most
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The taps that an input coordinate with one remainder modulo the stride meets, and where its gradient lies.
 struct AxisTap {
   int64_t tap;
