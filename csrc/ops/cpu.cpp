@@ -10,6 +10,7 @@
 #include "../kernels/cpu/convolution.h"
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
+#include "../kernels/cpu/pages.h"
 #include "checks.h"
 #include "library.h"
 
@@ -34,8 +35,10 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
 }
 
 Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
-  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor tensor = torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
+                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  cpu::prefer_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 template <typename T, typename Data>

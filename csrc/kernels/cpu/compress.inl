@@ -28,13 +28,14 @@ inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, B
 template <typename T>
 inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride, T* scratch, int64_t row) {
   constexpr int kN = kLanes<T>;
-  const T* src[kN];
-  T* dst[kN];
   for (int64_t p = 0; p < pixels; p += kN) {
-    // Past the end the last pixel is read again; those columns are never looked at.
-    for (int k = 0; k < kN; ++k) src[k] = data + std::min(p + k, pixels - 1) * pixel_stride;
-    for (int k = 0; k < kN; ++k) dst[k] = scratch + k * row + p;
-    transpose<T>(src, dst);
+    auto channel = [&](int k) { return scratch + k * row + p; };
+    if (p + kN <= pixels) {
+      transpose<T>([&](int k) { return data + (p + k) * pixel_stride; }, channel);
+    } else {
+      // Past the end the last pixel is read again; those columns are never looked at.
+      transpose<T>([&](int k) { return data + std::min(p + k, pixels - 1) * pixel_stride; }, channel);
+    }
   }
 }
 

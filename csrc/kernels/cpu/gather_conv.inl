@@ -87,7 +87,7 @@ GatherLanes<T> gather_lanes(const GatherParams<T>& p, int64_t tile) {
 template <typename T>
 void gather_pack(const GatherParams<T>& p, const GatherLanes<T>& lanes, const ChannelBlock& block, T* x) {
   constexpr int kN = kLanes<T>;
-  alignas(64) static constexpr T kZeros[kN] = {};
+  alignas(64) static constexpr T kZeros[kMostBlockChannels] = {};
   const auto& in = p.input;
   const int64_t channels = block.channel_end - block.channel_begin;
   const int64_t plane = p.packed_height * p.packed_width * kN;  // one channel of x
@@ -107,34 +107,29 @@ void gather_pack(const GatherParams<T>& p, const GatherLanes<T>& lanes, const Ch
       }
       const bool all = lanes.interior || lanes.aligned;
       const T* src[kN];
-      int64_t step[kN];  // 0 keeps a lane on zero
-      for (int lane = 0; lane < kN; ++lane) {
-        const bool inside = all || exists(lane);
-        src[lane] = inside ? lanes.input[lane] + delta : kZeros;
-        step[lane] = inside;
+      if (all) {
+        for (int lane = 0; lane < kN; ++lane) src[lane] = lanes.input[lane] + delta;
+      } else {
+        for (int lane = 0; lane < kN; ++lane) src[lane] = exists(lane) ? lanes.input[lane] + delta : kZeros;
       }
-      for (int64_t k = 0; k < transposed; k += kN) {
-        T* dst[kN];
-        for (int i = 0; i < kN; ++i) dst[i] = out + (k + i) * plane;
-        transpose<T>(src, dst);
-        for (int lane = 0; lane < kN; ++lane) src[lane] += step[lane] * kN;
+      T* channel = out;
+      for (int64_t k = 0; k < transposed; k += kN, channel += kN * plane) {
+        transpose<T>([&](int lane) { return src[lane] + k; }, [&](int i) { return channel + i * plane; });
       }
-      for (int lane = 0; lane < kN; ++lane) step[lane] *= in.channel_stride;
       for (int64_t k = transposed; k < channels; ++k) {
         for (int lane = 0; lane < kN; ++lane) {
-          out[k * plane + lane] = *src[lane];
-          src[lane] += step[lane];
+          out[k * plane + lane] = src[lane] == kZeros ? T{0} : src[lane][k * in.channel_stride];
         }
       }
     }
   }
 }
 
-// Write rows [begin, end) of y[row][pixel][lane] to the output.
+// Write rows [begin, end) of y[row][pixel][lane] to the output; what falls outside it goes to unused[end - begin].
 template <typename T>
-void gather_store(const GatherParams<T>& p, const GatherLanes<T>& lanes, int64_t begin, int64_t end, const T* y) {
+void gather_store(const GatherParams<T>& p, const GatherLanes<T>& lanes, int64_t begin, int64_t end, const T* y,
+                  T* unused) {
   constexpr int kN = kLanes<T>;
-  alignas(64) T unused[kN];
   const auto& out = p.output;
   const int64_t plane = p.tile_height * p.tile_width * kN;
   const int64_t transposed = out.channel_stride == 1 ? (end - begin) / kN * kN : 0;
@@ -143,23 +138,21 @@ void gather_store(const GatherParams<T>& p, const GatherLanes<T>& lanes, int64_t
       const T* pixel = y + (i * p.tile_width + j) * kN;
       const int64_t delta = begin * out.channel_stride + i * out.row_stride + j * out.column_stride;
       T* dst[kN];
-      int64_t step[kN];
       for (int lane = 0; lane < kN; ++lane) {
         const bool exists = lanes.whole || (i < lanes.out_rows[lane] && j < lanes.out_columns[lane]);
-        dst[lane] = exists ? lanes.output[lane] + delta : unused;
-        step[lane] = exists;
+        dst[lane] = exists ? lanes.output[lane] + delta : nullptr;
       }
-      for (int64_t k = 0; k < transposed; k += kN) {
-        const T* src[kN];
-        for (int r = 0; r < kN; ++r) src[r] = pixel + (k + r) * plane;
-        transpose<T>(src, dst);
-        for (int lane = 0; lane < kN; ++lane) dst[lane] += step[lane] * kN;
+      if (transposed > 0) {
+        T* row[kN];
+        for (int lane = 0; lane < kN; ++lane) row[lane] = dst[lane] ? dst[lane] : unused;
+        const T* from = pixel;
+        for (int64_t k = 0; k < transposed; k += kN, from += kN * plane) {
+          transpose<T>([&](int r) { return from + r * plane; }, [&](int lane) { return row[lane] + k; });
+        }
       }
-      for (int lane = 0; lane < kN; ++lane) step[lane] *= out.channel_stride;
       for (int64_t k = transposed; k < end - begin; ++k) {
         for (int lane = 0; lane < kN; ++lane) {
-          *dst[lane] = pixel[k * plane + lane];
-          dst[lane] += step[lane];
+          if (dst[lane]) dst[lane][k * out.channel_stride] = pixel[k * plane + lane];
         }
       }
     }
@@ -174,7 +167,8 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
   const int64_t y_plane = p.tile_height * p.tile_width * kN;
   const int64_t pitch_bytes = p.packed_width * kN * static_cast<int64_t>(sizeof(T));
   T* x = scratch;
-  T* y = scratch + p.block_channels * p.packed_height * p.packed_width * kN;
+  T* y = x + p.block_channels * p.packed_height * p.packed_width * kN;
+  T* unused = y + p.row_chunk * y_plane;
   for (int64_t task = begin; task < end; ++task) {
     const GatherLanes<T> lanes = gather_lanes(p, task / chunks);
     const int64_t row_begin = task % chunks * p.row_chunk, row_end = std::min(rows, row_begin + p.row_chunk);
@@ -197,7 +191,7 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
         }
       }
     }
-    gather_store(p, lanes, row_begin, row_end, y);
+    gather_store(p, lanes, row_begin, row_end, y, unused);
   }
 }
 
@@ -210,7 +204,8 @@ inline constexpr RegisterTile kRegisterTiles[] = {{2, 4}, {1, 8}, {3, 4}, {1, 7}
 // Elements of scratch, 64-byte aligned, that gather_tiles needs.
 template <typename T>
 int64_t gather_scratch(const GatherParams<T>& p) {
-  return (p.block_channels * p.packed_height * p.packed_width + p.row_chunk * p.tile_height * p.tile_width) * kLanes<T>;
+  return (p.block_channels * p.packed_height * p.packed_width + p.row_chunk * p.tile_height * p.tile_width) * kLanes<T> +
+         p.row_chunk;
 }
 
 // Tasks: vectors of tiles times chunks of rows.

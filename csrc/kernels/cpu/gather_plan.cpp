@@ -7,7 +7,7 @@
 namespace swat::cpu {
 namespace {
 
-constexpr int64_t kBlockChannels[] = {8, 16, 32, 64};
+constexpr int64_t kBlockChannels[] = {8, 16, 32, kMostBlockChannels};
 constexpr int64_t kStackedTiles[] = {1, 2, 4};
 constexpr double kL1Bytes = 28 << 10;  // of 32 KiB: lists and sums pass through it too
 constexpr double kL2Bytes = 384 << 10;
@@ -59,8 +59,8 @@ double estimate(const GatherShape& shape, const GatherPlan& plan, const Register
   const double load_cost = block_bytes <= kL1Bytes ? 0.55 : block_bytes <= kL2Bytes ? 0.9 : 2.0;
   const double multiply = static_cast<double>(shape.entries) * stacked * (pixels * load_cost + 1.2);
   const double sums = visits * (8 + stacked * (6 + 1.6 * pixels));
-  const double pack = packed * (channels * (1.5 + 0.12 * lanes) + blocks * 2.5 * lanes);
-  const double store = pixels * stacked * rows * (1.5 + 0.12 * lanes);
+  const double pack = packed * (channels * (1.0 + 0.4 * lanes) + blocks * 2.5 * lanes);
+  const double store = pixels * stacked * rows * (1.0 + 0.4 * lanes);
   return tiles * (multiply + sums + pack + store);
 }
 

@@ -103,6 +103,9 @@ struct WeightListParams {
   static constexpr int32_t kAbsent = INT32_MIN;
 };
 
+// Most channels of a block.
+inline constexpr int64_t kMostBlockChannels = 64;
+
 // Shape of the output pixels that stay in registers, [height, width].
 struct RegisterTile {
   int height, width;

@@ -58,12 +58,12 @@ inline Vec<T> broadcast(T x) {
 // A vector is cut in 16-byte parts. Part l of rows i, i + E, i + 2E, ... (E elements a part) is gathered into one vector, and E of
 // those are transposed inside their parts, which gives E finished rows: no shuffle ever crosses a part.
 
-template <typename T>
-inline Vec<T> load_parts(const T* const* rows, int column) {
+template <typename T, typename Row>
+inline Vec<T> load_parts(Row&& row, int first, int64_t column) {
   using Part = typename VectorOf<T>::unaligned_part;
   constexpr int kPart = 16 / sizeof(T);
   auto part = [&](int q) ->
-      typename VectorOf<T>::part { return *reinterpret_cast<const Part*>(rows[q * kPart] + column); };
+      typename VectorOf<T>::part { return *reinterpret_cast<const Part*>(row(first + q * kPart) + column); };
   if constexpr (kVectorBytes == 16) {
     return part(0);
   } else if constexpr (kVectorBytes == 32) {
@@ -103,24 +103,25 @@ inline Vec<T> interleave(Vec<T> a, Vec<T> b) {
   return __builtin_shuffle(a, b, index);
 }
 
-// dst[r][k] = src[k][r] for r, k in [0, kLanes); every dst row is written whole.
-template <typename T>
-inline void transpose(const T* const* src, T* const* dst) {
+// dst(r)[k] = src(k)[r] for r, k in [0, kLanes), where src and dst give the address of a row; every dst row is written whole.
+template <typename T, typename Source, typename Target>
+inline void transpose(Source&& src, Target&& dst) {
   constexpr int kPart = 16 / sizeof(T);
+#pragma GCC unroll 4
   for (int column = 0; column < kLanes<T>; column += kPart) {
     if constexpr (sizeof(T) == 4) {
-      const Vec<T> a = load_parts<T>(src + 0, column), b = load_parts<T>(src + 1, column);
-      const Vec<T> c = load_parts<T>(src + 2, column), d = load_parts<T>(src + 3, column);
+      const Vec<T> a = load_parts<T>(src, 0, column), b = load_parts<T>(src, 1, column);
+      const Vec<T> c = load_parts<T>(src, 2, column), d = load_parts<T>(src, 3, column);
       const Vec<T> ab_low = interleave<4, false, T>(a, b), ab_high = interleave<4, true, T>(a, b);
       const Vec<T> cd_low = interleave<4, false, T>(c, d), cd_high = interleave<4, true, T>(c, d);
-      store_unaligned(dst[column + 0], interleave<8, false, T>(ab_low, cd_low));
-      store_unaligned(dst[column + 1], interleave<8, true, T>(ab_low, cd_low));
-      store_unaligned(dst[column + 2], interleave<8, false, T>(ab_high, cd_high));
-      store_unaligned(dst[column + 3], interleave<8, true, T>(ab_high, cd_high));
+      store_unaligned(dst(column + 0), interleave<8, false, T>(ab_low, cd_low));
+      store_unaligned(dst(column + 1), interleave<8, true, T>(ab_low, cd_low));
+      store_unaligned(dst(column + 2), interleave<8, false, T>(ab_high, cd_high));
+      store_unaligned(dst(column + 3), interleave<8, true, T>(ab_high, cd_high));
     } else {
-      const Vec<T> a = load_parts<T>(src + 0, column), b = load_parts<T>(src + 1, column);
-      store_unaligned(dst[column + 0], interleave<8, false, T>(a, b));
-      store_unaligned(dst[column + 1], interleave<8, true, T>(a, b));
+      const Vec<T> a = load_parts<T>(src, 0, column), b = load_parts<T>(src, 1, column);
+      store_unaligned(dst(column + 0), interleave<8, false, T>(a, b));
+      store_unaligned(dst(column + 1), interleave<8, true, T>(a, b));
     }
   }
 }

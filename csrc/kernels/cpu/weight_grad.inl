@@ -201,11 +201,8 @@ inline void pack_pixels(const WeightGradParams<T>& p, const T* data, int64_t cou
   } else if (dy.column_stride == 1 && channels == width) {
     for (; done + kN <= count; done += kN, data += kN, out += kN * width) {
       for (int64_t v = 0; v < p.vectors; ++v) {
-        const T* src[kN];
-        T* dst[kN];
-        for (int i = 0; i < kN; ++i) src[i] = data + (v * kN + i) * dy.channel_stride;
-        for (int i = 0; i < kN; ++i) dst[i] = out + i * width + v * kN;
-        transpose<T>(src, dst);
+        transpose<T>([&](int i) { return data + (v * kN + i) * dy.channel_stride; },
+                     [&](int i) { return out + i * width + v * kN; });
       }
     }
   }
