@@ -70,8 +70,8 @@ class SWATConfig:
         skip: name patterns (:mod:`fnmatch`, case matters) of layers to leave dense. None leaves the first convolution
             dense under "uniform", as the paper does; an empty tuple leaves none.
         batchnorm: how BatchNorm keeps its input; "exact" leaves BatchNorm alone.
-        backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to choose per
-            layer.
+        backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to time
+            both at a layer's first input of each shape and keep the faster.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.

@@ -20,7 +20,7 @@ class Choice(NamedTuple):
 
 
 def choose_backend(requested: Backend, sparsity: float, activation_sparsity: float, group_out_channels: int) -> Choice:
-    """Choose the kernels of one layer by a rule, which on CUDA stands until the layer has been measured.
+    """Choose the kernels of one layer by a rule, which stands until the layer has been measured.
 
     Args:
         requested: "sparse" and "dense" are taken at their word; "auto" decides by the other arguments.

@@ -1,19 +1,21 @@
 """What the sparse layers share: their settings, their thresholds, and the count of optimizer steps that ages those."""
 
 import copy
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from swat_ext import ops
 from swat_ext.arguments import check_tensor, padding_of_sides, prefers_channels_last
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
-from swat_ext.modules.measure import Problem, measured_choice
+from swat_ext.modules.measure import Problem, measured_choice, recall, remember, representative
 
 __all__ = ["SWATLayer"]
 
@@ -62,6 +64,7 @@ class SWATLayer(nn.Module):
         self._clock = torch.full((ops.CLOCK_SIZE,), _UNKNOWN, dtype=torch.int64, device="cpu")
         self._clock[ops.CLOCK_STEPS] = 0
         self._restored = False
+        self._measured: list[tuple[Any, ...]] = []  # keys of what "auto" chose by
         for name in ("weight_threshold", "activation_threshold"):
             zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
             self.register_buffer(name, zero, persistent=False)
@@ -187,25 +190,32 @@ class SWATLayer(nn.Module):
         dilation: Any = (1, 1),
         groups: int = 1,
     ) -> Literal["sparse", "dense"]:
-        """The kernels for this 4-D input; "auto" on CUDA is measured at the first input of each shape.
+        """The kernels for this 4-D input; "auto" is measured at the first input of each shape.
 
         Not while torch.compile traces: it takes the last choice, or that of the rule for layers that never ran.
         """
-        if self._backend != "auto" or input.device.type != "cuda" or torch.compiler.is_compiling() or not input.numel():
+        if self._backend != "auto" or not _has_values(input) or not input.numel():
             return self._choice.backend
         kernel, strides, dilations = list(weight.shape[2:]), list(stride), list(dilation)
+        paddings = padding_of_sides(padding, kernel, strides, dilations)
+        if min(ops.convolution_size(input.shape, weight.shape, strides, paddings, dilations)) < 1:
+            return self._choice.backend  # the convolution will say what is wrong
+        input_size = representative(input.shape, input.device)
         problem = Problem(
-            tuple(input.shape),
+            input_size,
             tuple(weight.shape),
             (strides[0], strides[1]),
-            tuple(padding_of_sides(padding, kernel, strides, dilations)),  # type: ignore[arg-type]
+            tuple(paddings),  # type: ignore[arg-type]
             (dilations[0], dilations[1]),
             groups,
             prefers_channels_last(input, weight),
             _kept(weight.numel(), self._weight_ratio),
-            _kept(input.numel(), self._activation_ratio),
+            _kept(math.prod(input_size), self._activation_ratio),
+            backward=torch.is_grad_enabled() and self.weight.requires_grad,
         )
-        self._choice = measured_choice(problem, input.dtype, input.device, self._choice)
+        self._choice, key = measured_choice(problem, input.dtype, input.device, self._choice)
+        if key is not None and key not in self._measured:
+            self._measured.append(key)
         return self._choice.backend
 
     def _settle_settings(self) -> None:
@@ -274,7 +284,7 @@ class SWATLayer(nn.Module):
         """What, beside the weights, decides the next selections; for :meth:`load_selection_state`.
 
         Returns:
-            Numbers and CPU or device tensors alone, so that ``torch.load(weights_only=True)`` reads it back.
+            Numbers, strings and tensors alone, so that ``torch.load(weights_only=True)`` reads it back.
         """
         clock = self._looked()
         return {
@@ -286,6 +296,7 @@ class SWATLayer(nn.Module):
             "due": clock[ops.CLOCK_DUE :].tolist(),
             "weight_threshold": self.weight_threshold.clone(),
             "activation_threshold": self.activation_threshold.clone(),
+            "choices": [(key, *recall(key)) for key in self._measured],
         }
 
     def load_selection_state(self, state: Mapping[str, Any]) -> None:
@@ -302,6 +313,8 @@ class SWATLayer(nn.Module):
         self._clock[ops.CLOCK_VERSION] = _UNKNOWN
         self._clock[ops.CLOCK_DUE :] = torch.tensor(state["due"])
         self._restored = True
+        for key, backend, reason in state.get("choices", ()):
+            remember(key, Choice(backend, reason))
 
     def _looked(self) -> Tensor:
         """A copy of the clock as the next forward would see it: a step made since the last look is counted."""
@@ -354,10 +367,18 @@ _OWN_ATTRIBUTES = (
     "_backend",
     "_clock",
     "_restored",
+    "_measured",
     "_weight_ratio",
     "_activation_ratio",
     "_choice",
 )
+
+
+def _has_values(input: Tensor) -> bool:
+    """Whether kernels can be timed on this device now: not on shapes alone, and not while they are traced."""
+    return (
+        input.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not isinstance(input, FakeTensor)
+    )
 
 
 def _kept_ratio(sparsity: float) -> tuple[int, int]:
