@@ -204,7 +204,8 @@ inline constexpr RegisterTile kRegisterTiles[] = {{2, 4}, {1, 8}, {3, 4}, {1, 7}
 // Elements of scratch, 64-byte aligned, that gather_tiles needs.
 template <typename T>
 int64_t gather_scratch(const GatherParams<T>& p) {
-  return (p.block_channels * p.packed_height * p.packed_width + p.row_chunk * p.tile_height * p.tile_width) * kLanes<T> +
+  return (p.block_channels * p.packed_height * p.packed_width + p.row_chunk * p.tile_height * p.tile_width) *
+             kLanes<T> +
          p.row_chunk;
 }
 

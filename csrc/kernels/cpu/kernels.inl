@@ -5,6 +5,8 @@
 //
 #include "bitmap.inl"
 //
+#include "activation_lists.inl"
+//
 #include "compress.inl"
 #include "gather_conv.inl"
 #include "magnitude.inl"

@@ -22,6 +22,13 @@ struct PackedView {
   int64_t numel;
 };
 
+// A place in a packed tensor: an element, and the value of the first kept one from there on.
+template <typename T>
+struct PackedCursor {
+  int64_t position = 0;
+  const T* value = nullptr;
+};
+
 // A tensor to compress or restore, seen as planes of `pixels` elements: plane i is [i / channels, i % channels].
 template <typename T>
 struct PlanesView {
@@ -172,6 +179,7 @@ struct WeightGradParams {
   int64_t class_count;
   int64_t vectors;          // output channels of one pass, in vectors: 1, 2, 4 or 8
   int64_t batch_tiles;      // tiles whose dy is packed together
+  int64_t listed_tiles;     // tiles whose activations are listed together: a multiple of batch_tiles
   int64_t blocks_together;  // blocks of `vectors` output channels whose dy is packed together
   int64_t slices;           // parts of the tiles that are summed apart, so that threads can share a small dW
   T* partial;      // [slices, groups, output blocks, group_in, taps, vectors * lanes]; null: one batch holds all tiles

@@ -1,6 +1,8 @@
 // The kernels of one instruction set, as function pointers: what the drivers, the tests and the benches call.
 #pragma once
 
+#include <vector>
+
 #include "buffer.h"
 #include "params.h"
 
@@ -9,12 +11,13 @@ namespace swat::cpu {
 // Scratch of one thread in the weight gradient.
 template <typename T>
 struct WeightGradScratch {
-  Buffer<T> grad;                   // [block][tile][sample][row][column][vectors * lanes]
-  Buffer<T> sums;                   // [channel][tap][vectors * lanes], where they do not go to `partial`
-  Buffer<GatherEntry<T>> entries;   // lists of a batch of tiles
-  Buffer<GatherEntry<T>> unsorted;  // one list before it is split by class
-  Buffer<uint8_t> classes;          // of those
-  Buffer<int64_t> starts;           // [tile][channel][class] + 1
+  Buffer<T> grad;                        // [block][tile][sample][row][column][vectors * lanes]
+  Buffer<T> sums;                        // [channel][tap][vectors * lanes], where they do not go to `partial`
+  Buffer<GatherEntry<T>> entries;        // lists of a batch of tiles
+  Buffer<GatherEntry<T>> unsorted;       // one list before it is split by class
+  Buffer<uint8_t> classes;               // of those
+  Buffer<int64_t> starts;                // [tile][channel][class] + 1
+  std::vector<PackedCursor<T>> cursors;  // of each channel
 };
 
 // Each works on a range [begin, end) of what it is said to count; the bodies' files say the rest.

@@ -82,111 +82,6 @@ inline int64_t weight_grad_vectors(int64_t taps) {
   return vectors;
 }
 
-// Input pixels of tile `index` that exist.
-struct TileBounds {
-  int64_t sample_begin, sample_end, row_begin, row_end, column_begin, column_end;
-  int64_t grad_row, grad_column;  // dy pixel at the tile's corner; may lie outside dy
-};
-
-template <typename T>
-inline TileBounds tile_bounds(const WeightGradParams<T>& p, int64_t index) {
-  const ConvGeometry& g = p.geometry;
-  const int64_t n = index / (p.tiles_h * p.tiles_w), h = index / p.tiles_w % p.tiles_h, w = index % p.tiles_w;
-  TileBounds b;
-  b.sample_begin = n * p.tile_samples;
-  b.sample_end = std::min(g.batch, b.sample_begin + p.tile_samples);
-  b.row_begin = h * p.tile_rows * g.stride_height;
-  b.row_end = std::min(g.in_height, b.row_begin + p.tile_rows * g.stride_height);
-  b.column_begin = w * p.tile_columns * g.stride_width;
-  b.column_end = std::min(g.in_width, b.column_begin + p.tile_columns * g.stride_width);
-  b.grad_row = h * p.tile_rows + p.origin_row;
-  b.grad_column = w * p.tile_columns + p.origin_column;
-  return b;
-}
-
-// The kept activations of one channel in one tile, in order, as (value, byte offset in the dy tile); returns the end.
-template <typename T>
-GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, GatherEntry<T>* out,
-                             uint8_t* out_class) {
-  using Offset = decltype(GatherEntry<T>::offset);
-  const ConvGeometry& g = p.geometry;
-  const int64_t pixel_bytes = p.vectors * kVectorBytes;
-  const int64_t row_pixels = p.tile_columns * g.stride_width;
-  const int64_t columns = b.column_end - b.column_begin;
-  // Whole rows of the image that are also whole rows of the table are one run of bits.
-  const bool joined = columns == g.in_width && columns == row_pixels;
-  const int64_t runs = joined ? 1 : b.row_end - b.row_begin;
-  const int64_t run_bits = joined ? (b.row_end - b.row_begin) * columns : columns;
-  for (int64_t n = b.sample_begin; n < b.sample_end; ++n) {
-    const int64_t plane = (n * g.in_channels + channel) * g.in_height * g.in_width;
-    const int64_t sample = (n - b.sample_begin) * p.grad_rows * p.grad_columns;
-    for (int64_t r = 0; r < runs; ++r) {
-      const int64_t begin = plane + (b.row_begin + r) * g.in_width + b.column_begin;
-      const T* value = p.input.values + rank(p.input, begin);
-      const int32_t* pixel = p.pixel + r * row_pixels;
-      if (p.class_count == 1) {
-        for_each_bit(p.input.words, begin, begin + run_bits,
-                     [&](int64_t i) { *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)}; });
-      } else {
-        const uint8_t* pixel_class = p.pixel_class + r * row_pixels;
-        for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
-          *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
-          *out_class++ = pixel_class[i];
-        });
-      }
-    }
-  }
-  return out;
-}
-
-// Lists of channels [channel_begin, channel_end) for tiles [begin, end).
-template <typename T>
-void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_t channel_begin, int64_t channel_end,
-                WeightGradScratch<T>& scratch) {
-  const ConvGeometry& g = p.geometry;
-  const int64_t tile_pixels = p.tile_samples * p.tile_rows * g.stride_height * p.tile_columns * g.stride_width;
-  int64_t total = 0;
-  for (int64_t n = tile_bounds(p, begin).sample_begin; n < tile_bounds(p, end - 1).sample_end; ++n) {
-    const int64_t plane = g.in_height * g.in_width;
-    total += rank(p.input, (n * g.in_channels + channel_end) * plane) -
-             rank(p.input, (n * g.in_channels + channel_begin) * plane);
-  }
-  scratch.entries.reserve(total);
-  scratch.starts.reserve((end - begin) * (channel_end - channel_begin) * p.class_count + 1);
-  if (p.class_count > 1) {
-    scratch.unsorted.reserve(tile_pixels);
-    scratch.classes.reserve(tile_pixels);
-  }
-  GatherEntry<T>* const entries = scratch.entries.data();
-  GatherEntry<T>* out = entries;
-  int64_t* start = scratch.starts.data();
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const TileBounds bounds = tile_bounds(p, tile);
-    for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
-      *start = out - entries;
-      if (p.class_count == 1) {
-        out = list_channel(p, bounds, channel, out, nullptr);
-        ++start;
-        continue;
-      }
-      // Counting sort by class.
-      GatherEntry<T>* const unsorted = scratch.unsorted.data();
-      uint8_t* const classes = scratch.classes.data();
-      const int64_t count = list_channel(p, bounds, channel, unsorted, classes) - unsorted;
-      int64_t next[256] = {};
-      for (int64_t i = 0; i < count; ++i) ++next[classes[i]];
-      int64_t position = out - entries;
-      for (int64_t k = 0; k < p.class_count; ++k) {
-        *start++ = position;
-        position += std::exchange(next[k], position);
-      }
-      for (int64_t i = 0; i < count; ++i) entries[next[classes[i]]++] = unsorted[i];
-      out += count;
-    }
-  }
-  *start = out - entries;
-}
-
 // One run of `count` pixels of dy for `channels` output channels, as [pixel][width]; channels that do not exist are zero.
 template <typename T>
 inline void pack_pixels(const WeightGradParams<T>& p, const T* data, int64_t count, int64_t channels, T* out) {
@@ -271,11 +166,16 @@ void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t chan
   scratch.grad.reserve(p.blocks_together * block_elements);
   if (p.partial == nullptr) scratch.sums.reserve(kGradChannels * channel_sums);
 
+  int64_t listed_begin = slice_begin, listed_end = slice_begin;
   for (int64_t begin = slice_begin; begin < slice_end; begin += p.batch_tiles) {
     const int64_t end = std::min(slice_end, begin + p.batch_tiles);
-    list_tiles(p, begin, end, channel_begin, channel_end, scratch);
+    if (begin == listed_end) {
+      listed_begin = begin;
+      listed_end = std::min(slice_end, begin + p.listed_tiles);
+      list_tiles(p, listed_begin, listed_end, channel_begin, channel_end, scratch);
+    }
     const GatherEntry<T>* const entries = scratch.entries.data();
-    const int64_t* const starts = scratch.starts.data();
+    const int64_t* const starts = scratch.starts.data() + (begin - listed_begin) * channels * p.class_count;
 
     // Gradients of channels [from, to), of one group and one block of output channels, into sums[channel][tap][width].
     auto accumulate = [&](const T* grad, int64_t from, int64_t to, T* sums) {

@@ -6,7 +6,9 @@
 namespace swat::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = 18 << 10;     // dy of one tile, in L1
+constexpr double kTileBytes = 24 << 10;       // dy of one tile, mostly in L1
+constexpr double kSparseTileBytes = 1 << 10;  // and as much more for each 1 / density: short lists cost more than L2
+constexpr double kMostTileBytes = 48 << 10;
 constexpr int64_t kBatchBytes = 64 << 10;    // dy of the tiles packed together, one block of output channels, in L2
 constexpr int64_t kListBytes = 256 << 10;    // their lists of activations
 constexpr int64_t kDirectBytes = 256 << 10;  // the same where all tiles are packed together
@@ -109,7 +111,8 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   // Tiles: whole rows if they fit, then as many rows as fit, then as many samples.
   const int64_t pixel_bytes = plan.vectors * lanes * element_bytes;
   const int64_t height = ceil_div(g.in_height, g.stride_height), width = ceil_div(g.in_width, g.stride_width);
-  const int64_t pixels = std::max<int64_t>(kTileBytes / pixel_bytes, 1);
+  const double tile_bytes = std::min(kTileBytes + kSparseTileBytes / std::max(density, 1e-3), kMostTileBytes);
+  const int64_t pixels = std::max<int64_t>(static_cast<int64_t>(tile_bytes) / pixel_bytes, 1);
   const int64_t widest = std::max<int64_t>({pixels / (1 + halo_rows) - halo_columns, 2 * halo_columns, 8});
   plan.tile_columns = even_cut(width, std::min(widest, kLongRow));
   plan.grad_columns = plan.tile_columns + halo_columns;
@@ -148,9 +151,11 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   // A large dW is better finished in one go than visited once a batch.
   plan.direct = plan.slices == 1 && tiles * grad_bytes <= kDirectBytes &&
                 static_cast<double>(tiles) * list_bytes <= kDirectListBytes;
-  plan.batch_tiles =
-      plan.direct ? tiles : std::min(kBatchBytes / grad_bytes, static_cast<int64_t>(kListBytes / list_bytes));
+  const int64_t listed = plan.direct ? tiles : static_cast<int64_t>(kListBytes / list_bytes);
+  plan.batch_tiles = plan.direct ? tiles : std::min(kBatchBytes / grad_bytes, listed);
   plan.batch_tiles = std::clamp<int64_t>(plan.batch_tiles, 1, std::max<int64_t>(tiles, 1));
+  // A channel's values and bits lie far from the next one's: long visits let them stream.
+  plan.listed_tiles = std::max<int64_t>(listed / plan.batch_tiles, 1) * plan.batch_tiles;
   const int64_t block_bytes = width_elements * element_bytes;
   plan.blocks_together = std::clamp<int64_t>(kReadBytes / block_bytes, 1, blocks);
   return plan;

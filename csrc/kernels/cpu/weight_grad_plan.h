@@ -18,13 +18,14 @@ struct WeightGradPlan {
   std::vector<uint8_t> pixel_class;
   std::vector<TapRun> runs;
   std::vector<TapClass> classes;
-  int64_t batch_tiles = 1;
+  int64_t batch_tiles = 1, listed_tiles = 1;
   int64_t blocks_together = 1;
   bool direct = false;  // one batch holds all tiles: no partial sums
   int64_t slices = 1;
 };
 
-// Only `slices` changes the result's rounding, and it depends on the geometry and the vectors' width alone, never on threads.
+// Slices and tiles decide in which order sums are rounded: they depend on the geometry, the vectors' width and the density alone,
+// never on threads.
 // `lanes` elements make a vector; `most_vectors(taps)` is how many of them a run of that many taps leaves registers for; `density`
 // is the kept share of the activations.
 WeightGradPlan plan_weight_grad(const ConvGeometry& geometry, int64_t element_bytes, int64_t lanes,

@@ -6,10 +6,27 @@
 #include "weight_grad_plan.h"
 
 namespace swat::cpu {
+namespace {
+
+// A 1x1 convolution without stride sees no neighbours: join rows that lie evenly in dy, so that tiles need not end with them.
+template <typename T>
+void join_rows(ConvGeometry& g, ImageView<const T>& grad) {
+  const bool pointwise = g.taps() == 1 && g.stride_height == 1 && g.stride_width == 1 && g.pad_top == 0 &&
+                         g.pad_left == 0 && g.in_height == g.out_height && g.in_width == g.out_width;
+  if (!pointwise || grad.row_stride != grad.width * grad.column_stride) return;
+  g.in_width = g.out_width = grad.width = grad.width * grad.height;
+  g.in_height = g.out_height = grad.height = 1;
+  grad.row_stride = grad.width * grad.column_stride;
+}
+
+}  // namespace
 
 template <typename T>
-void convolution_weight_grad(const KernelTable& table, const Parallel& parallel, const ConvGeometry& g,
-                             const ImageView<const T>& grad_output, const PackedView<T>& input, T* grad_weight) {
+void convolution_weight_grad(const KernelTable& table, const Parallel& parallel, const ConvGeometry& geometry,
+                             const ImageView<const T>& output, const PackedView<T>& input, T* grad_weight) {
+  ConvGeometry g = geometry;
+  ImageView<const T> grad_output = output;
+  join_rows(g, grad_output);
   if (g.stride_height * g.stride_width > 255) {
     throw std::invalid_argument("stride: the weight gradient takes strides whose product is at most 255");
   }
@@ -52,6 +69,7 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   params.class_count = plan.classes.size();
   params.vectors = plan.vectors;
   params.batch_tiles = plan.batch_tiles;
+  params.listed_tiles = plan.listed_tiles;
   params.blocks_together = plan.blocks_together;
   params.slices = plan.slices;
   params.partial = plan.direct ? nullptr : partial.data();
