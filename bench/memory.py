@@ -4,12 +4,13 @@
     python bench/memory.py --models resnet18 --batchnorm exact,bf16,int8
     python bench/memory.py --quick                                # ResNet-18 at batch 32, no largest batch, no file
 
-Each run is a process of its own: it imports, builds the model and its optimizer, then trains a few steps. Its peak is
-the high-water mark of its resident memory from then on (``VmHWM``, set back by ``/proc/self/clear_refs`` where allowed),
-or on CUDA the most that torch's allocator had given out. "dense" is PyTorch in the layout in which its steps take less
-time here; "checkpoint" is the same with torch.utils.checkpoint around each block. The largest batch is found by running:
-a line through the measured peaks proposes a batch, a run says whether it fits. Step times come from separate processes,
-so read them as an indication; train_step.py compares times.
+Each run is a process of its own: it imports, trains one small layer, which loads what torch loads late, then builds the
+model and its optimizer and trains a few steps. Its peak is the high-water mark of its resident memory from then on
+(``VmHWM``, set back by ``/proc/self/clear_refs`` where allowed), or on CUDA the most that torch's allocator had given
+out. "dense" is PyTorch in the layout in which its steps take less time here; "checkpoint" is the same with
+torch.utils.checkpoint around each block. The largest batch is found by running: a line through the measured peaks
+proposes a batch, a run says whether it fits. Step times come from separate processes, so read them as an indication;
+train_step.py compares times.
 """
 
 import argparse
@@ -98,10 +99,19 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak
 
 
+def _load_everything(device: str) -> None:
+    """Train one small layer: what torch allocates and imports for the first one is no cost of a network."""
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(2, 3, 8, 8, device=device)).sum().backward()
+    optimizer.step()
+
+
 def run_case(case: Case) -> dict[str, Any]:
     """Train the case's network in this process; bytes and milliseconds."""
     torch.set_num_threads(case.threads)
     cuda = case.device == "cuda"
+    _load_everything(case.device)
     idle = torch.cuda.memory_allocated() if cuda else _status("VmRSS")
     network = NETWORKS[case.model]
     model = network.build(width=case.width)

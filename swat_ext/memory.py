@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class MemoryProfile:
         assert peak is not None
         recorder.__exit__(kind, error, trace)
         peak.stop()
-        self._model, self._calls = None, []  # a profile that is kept keeps no model and no input
+        self._model, self._recorder, self._calls = None, None, []  # a profile that is kept keeps no model
         if kind is not None:
             self._state = f"has no results: its with block raised {kind.__name__}"
             return
@@ -111,16 +111,15 @@ class MemoryProfile:
             self._state = "has no results: no forward ran in its with block"
             raise RuntimeError("profile_memory: no forward of model or of a part of it ran in the with block")
         rows = _rows(model, recorder)
-        held = {row: nbytes for row, (nbytes, _) in rows.items()}
+        held = {row: found.nbytes for row, found in rows.items()}
         dense, self.dense_note = None, "not asked for"
         if self._dense:
             dense, self.dense_note = _dense_rows(model, [calls[number] for number in recorder.held_calls], held)
-        counts = {row: count for row, (_, count) in rows.items()}
         self.model, self.device = type(model).__name__, peak.device.type
         self.layers = tuple(
-            LayerMemory(*row, counts.get(row, 0), held.get(row, 0), None if dense is None else dense.get(row, 0))
-            for row in (*held, *(row for row in dense or () if row not in held))
-            if held.get(row) or (dense or {}).get(row)
+            LayerMemory(row[0], found.kind, found.calls, found.nbytes, None if dense is None else dense.get(row, 0))
+            for row, found in _with_dense(model, recorder, rows, dense or {}).items()
+            if found.nbytes or (dense or {}).get(row)
         )
         self.held_bytes = sum(held.values())
         self.dense_bytes = None if dense is None else sum(dense.values())
@@ -299,15 +298,22 @@ def held_by_kind(
         return None
     del result
     kinds: dict[str, tuple[int, int]] = {}
-    for (_, kind), (nbytes, _) in _rows(twin, recorder).items():
-        count, total = kinds.get(kind, (0, 0))
-        kinds[kind] = (count + 1, total + nbytes)
+    for found in _rows(twin, recorder).values():
+        count, total = kinds.get(found.kind, (0, 0))
+        kinds[found.kind] = (count + 1, total + found.nbytes)
     return dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
 
 
 # --- Rows
 
+# The name of a module, and the function called in its own forward if it is a container.
 _Row = tuple[str, str]
+
+
+class _Found(NamedTuple):
+    kind: str
+    calls: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -318,25 +324,39 @@ class _ModelCall:
     autocast: bool
 
 
-def _rows(model: nn.Module, recorder: SavedRecorder) -> dict[_Row, tuple[int, int]]:
-    """Bytes and calls of each (name, kind), in the order of the modules' first forwards."""
+def _rows(model: nn.Module, recorder: SavedRecorder) -> dict[_Row, _Found]:
+    """What was found of each row, in the order of the modules' first forwards."""
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     order: dict[nn.Module | None, int] = {module: place for place, module in enumerate(recorder.calls)}
-    rows: dict[_Row, tuple[int, int]] = {}
+    rows: dict[_Row, _Found] = {}
     for saver, nbytes in sorted(recorder.held.items(), key=lambda item: order.get(item[0].module, len(order))):
-        row = (OUTSIDE if saver.module is None else names.get(saver.module, "?"), _kind(saver))
-        before, _ = rows.get(row, (0, 0))
-        rows[row] = (before + nbytes, 0 if saver.module is None else recorder.calls.get(saver.module, 0))
+        module = saver.module
+        if module is None:
+            rows[OUTSIDE, saver.function] = _Found(_kind(saver), 0, nbytes)
+        else:
+            rows[names.get(module, "?"), saver.function] = _Found(_kind(saver), recorder.calls.get(module, 0), nbytes)
     return rows
+
+
+def _with_dense(
+    model: nn.Module, recorder: SavedRecorder, rows: dict[_Row, _Found], dense: dict[_Row, int]
+) -> dict[_Row, _Found]:
+    """``rows``, and those that only the dense network has, in the order of the modules' first forwards."""
+    modules = dict(model.named_modules())
+    order = {module: place for place, module in enumerate(recorder.calls)}
+    for row in dense:
+        if row not in rows and row[0] in modules:
+            module = modules[row[0]]
+            rows[row] = _Found(_kind(Saver(module, row[1])), recorder.calls.get(module, 0), 0)
+    places = {name: order.get(module, len(order)) for name, module in modules.items()}
+    return dict(sorted(rows.items(), key=lambda item: places.get(item[0][0], len(order))))
 
 
 def _kind(saver: Saver) -> str:
     module, function = saver
     if module is None or any(True for _ in module.children()):
         return f"{function} (functional)" if function else "(functional)"
-    name = type(module).__name__
-    # Classes that took the place of one of torch's: the rows of the dense network have the same names.
-    return "ReLU" if type(module) is BitReLU else name.removeprefix("SWAT")
+    return type(module).__name__
 
 
 def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]) -> tuple[dict[_Row, int] | None, str]:
@@ -360,7 +380,7 @@ def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]
                     results.append(twin(*call.args, **call.kwargs))
     except Exception as error:  # on shapes alone a model may fail in any way
         return None, f"not known, as the dense model does not run on shapes alone ({type(error).__name__}: {error})"
-    rows = {row: nbytes for row, (nbytes, _) in _rows(twin, recorder).items()}
+    rows = {row: found.nbytes for row, found in _rows(twin, recorder).items()}
     return rows | outside, "the same model with dense layers and plain ReLUs, run on shapes alone"
 
 

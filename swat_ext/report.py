@@ -173,7 +173,7 @@ _NOTES = (
     "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
     "held: kept by these layers from forward to backward, packed weights included, by their budget: exact zeros take",
     "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the dense total.",
-    "Other modules: tensors that no layer above lets go of, counted once, from the shapes of a training step.",
+    "Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step.",
 )
 
 

@@ -192,13 +192,14 @@ class SavedRecorder:
         with self._lock:
             if self._closed:
                 return None
+            # Counted before anything is made: a collection of garbage may let go of tensors at any other point.
+            self._uses[key] = self._uses.get(key, 0) + 1
             if key not in self._live:
                 # A leaf is called what it is; in a container it matters what saved the tensor.
                 container = module is None or any(True for _ in module.children())
                 nbytes = storage.nbytes()
                 self._live[key] = (Saver(module, self._function if container else ""), nbytes, self._call)
                 self._now += nbytes
-            self._uses[key] = self._uses.get(key, 0) + 1
         return key
 
     def _release(self, key: int) -> None:
@@ -214,8 +215,9 @@ class SavedRecorder:
     def _keep_if_most(self) -> None:
         if self._now > self._most:
             self._most = self._now
-            self.held, self.held_calls = {}, {call for _, _, call in self._live.values()}
-            for saver, nbytes, _ in self._live.values():
+            live = list(self._live.values())
+            self.held, self.held_calls = {}, {call for _, _, call in live}
+            for saver, nbytes, _ in live:
                 self.held[saver] = self.held.get(saver, 0) + nbytes
 
 

@@ -87,10 +87,10 @@ def test_functions_called_by_a_container_are_named() -> None:
         F.cross_entropy(model(_input()), labels).backward()
     rows = _rows(profile)
     assert rows["0", "gelu (functional)"] == rows["0", "relu (functional)"] == 4 * 4 * 8 * 64
-    assert rows["0.last", "Conv2d"] < 4 * 4 * 8 * 64
+    assert rows["0.last", "SWATConv2d"] < 4 * 4 * 8 * 64
     assert rows["(outside the model)", "cross_entropy (functional)"] > 0
     dense = {(layer.name, layer.kind): layer.dense_bytes for layer in profile.layers}
-    assert dense["0.last", "Conv2d"] == 4 * 4 * 8 * 64  # gelu keeps its input, so nobody saved this one before
+    assert dense["0.last", "SWATConv2d"] == 4 * 4 * 8 * 64  # gelu keeps its input, so nobody saved this one before
     assert "gelu (functional)" in str(profile)
 
 
@@ -100,10 +100,20 @@ def test_dense_follows_who_would_have_saved_first() -> None:
     swap_relus_(model)
     profile = profile_memory(model, _input())
     rows = {layer.name: layer for layer in profile.layers}
-    assert rows["1"].kind == "ReLU"
+    assert rows["1"].kind == "BitReLU"
+    assert [layer.name for layer in profile.layers] == ["0", "1", "2", "3"]  # all sparse, the last one's ReLU too
     assert rows["1"].dense_bytes == 4 * 4 * 8 * 36
     assert rows["1"].held_bytes == 4 * 8 * 36 // 8
     assert rows["2"].dense_bytes == 0 < rows["2"].held_bytes
+
+
+def test_rows_come_in_the_order_of_their_forwards() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Conv2d(8, 8, 1), nn.Dropout(), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+    sparsify_(model, SWATConfig(0.9, skip=()))
+    model.eval()  # Dropout passes its input through, which the dense convolution after it saves
+    profile = profile_memory(model, _input(4, 8, 6, 6).requires_grad_())
+    assert [layer.name for layer in profile.layers] == ["0", "1", "3", "4"]
+    assert [layer.dense_bytes for layer in profile.layers] == [4 * 4 * 8 * 36, 0, 4 * 4 * 8 * 36, 4 * 4 * 8 * 36]
 
 
 def test_modules_called_several_times_and_shared_ones() -> None:
