@@ -52,7 +52,7 @@ bench-all: build
 	$(BIN)/python bench/layers.py --out bench/results/layers.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/memory.py --allocators default,mmap
 
 test: python-test cpp-test
 

@@ -2,6 +2,7 @@
 
     python bench/memory.py                                        # every network, about an hour on two cores
     python bench/memory.py --models resnet18 --batchnorm exact,bf16,int8
+    python bench/memory.py --allocators default,mmap              # tells the heap's gaps from what is in use
     python bench/memory.py --quick                                # ResNet-18 at batch 32, no largest batch, no file
 
 Each run is a process of its own: it imports, trains one small layer, which loads what torch loads late, then builds the
@@ -48,6 +49,9 @@ _PERIOD = 10
 # A batch is the largest once the next one known not to fit is within this share of it.
 _PRECISION = 0.02
 _MOST_PROBES = 10
+# By default glibc keeps freed blocks of up to 32 MiB in its heap, where gaps stay resident: a peak may then be set by
+# the gaps and not by what is in use. "mmap" gives every block of 64 KiB or more back to the system when it is freed.
+ALLOCATORS = {"default": {}, "mmap": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Case:
     steps: int
     threads: int
     device: str
+    allocator: str
 
     @property
     def label(self) -> str:
@@ -158,7 +163,7 @@ def _spawn(case: Case) -> dict[str, Any] | None:
     """
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(dataclasses.asdict(case))]
     paths = [str(Path(swat_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, **ALLOCATORS[case.allocator], "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -213,8 +218,10 @@ def _propose(peaks: dict[int, int], limit: int, fits: int, too_large: int | None
     return min(max(int(guess), lowest), highest)
 
 
-def measure_network(options: argparse.Namespace, name: str, batch: int, progress: tqdm) -> list[dict[str, Any]]:
-    """A row for each run of one network."""
+def measure_network(
+    options: argparse.Namespace, name: str, batch: int, allocator: str, progress: tqdm
+) -> list[dict[str, Any]]:
+    """A row for each run of one network with one allocator; the first allocator alone has a largest batch."""
     network, conditions = NETWORKS[name], common.conditions()
     base = Case(
         model=name,
@@ -227,6 +234,7 @@ def measure_network(options: argparse.Namespace, name: str, batch: int, progress
         steps=options.steps,
         threads=torch.get_num_threads(),
         device=options.device,
+        allocator=allocator,
     )
 
     def result_of(case: Case) -> dict[str, Any] | None:
@@ -249,7 +257,7 @@ def measure_network(options: argparse.Namespace, name: str, batch: int, progress
         row |= {"conditions": conditions, "out_of_memory": found is None, **(found or {})}
         if found is not None and found["idle"] is not None:
             row["growth"] = found["peak"] - found["idle"]
-        if options.limit:
+        if options.limit and allocator == options.allocators[0]:
             limit = int(options.limit * 2**30)
 
             def peak_of(size: int, case: Case = case, known: dict[str, Any] | None = found) -> int | None:
@@ -270,6 +278,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positives, help="default: 64, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90")
     parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument(
+        "--allocators",
+        type=names(list(ALLOCATORS)),
+        default=["default"],
+        help="of the CPU's memory, some of default,mmap (large blocks go back to the system at once); default: default",
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; default: 4")
     parser.add_argument("--limit", type=float, help="GiB for the largest batch, 0 for none; default: 2")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
@@ -304,14 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     cases = []
     for name in options.models:
         batches = options.batch or ([32] if options.quick else NETWORKS[name].batches[:1])
-        cases += [(name, batch) for batch in batches]
+        cases += [(name, batch, allocator) for batch in batches for allocator in options.allocators]
     rows: list[dict[str, Any]] = []
     runs = 3 + len(options.batchnorm) * len(options.sparsity)
     with tqdm(total=len(cases) * runs, unit="run") as progress:
-        for name, batch in cases:
-            rows += measure_network(options, name, batch, progress)
+        for name, batch, allocator in cases:
+            rows += measure_network(options, name, batch, allocator, progress)
             if options.out is not None:  # after each network, so that an interrupted bench keeps what it measured
-                merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "run"))
+                merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "run", "allocator"))
                 memory_figures.write(options.out, merged, skipped)
     print(memory_figures.report(rows, skipped))
     if options.out is not None:

@@ -14,7 +14,7 @@ _Row = dict[str, Any]
 
 def _dense(rows: Sequence[_Row], row: _Row) -> _Row:
     """The dense run beside a row; empty if there is none."""
-    same = ("model", "batch", "width")
+    same = ("model", "batch", "width", "allocator")
     found = (other for other in rows if other["run"] == "dense" and all(other[key] == row[key] for key in same))
     return next(found, {})
 
@@ -36,6 +36,7 @@ def _sorted(rows: Sequence[_Row]) -> list[_Row]:
         key=lambda row: (
             models.index(row["model"]),
             row["batch"],
+            row["allocator"],
             order.get(row["run"], 2),
             row["batchnorm"],
             row["sparsity"],
@@ -50,10 +51,10 @@ def report(rows: Sequence[_Row], skipped: dict[str, str]) -> str:
     for row in rows:
         dense = _dense(rows, row)
         step = f"{row['step_ms']:.0f}" if "step_ms" in row else "-"
-        cells: list[object] = [row["title"], row["batch"], row["run"]]
+        cells: list[object] = [row["title"], row["batch"], row["allocator"], row["run"]]
         for field in ("held", "peak", "growth"):
             cells += [human_bytes(row.get(field)), _times(_ratio(row, dense, field))]
-        cells[5:5] = [human_bytes(row.get("idle")), human_bytes(row.get("ready"))]
+        cells[6:6] = [human_bytes(row.get("idle")), human_bytes(row.get("ready"))]
         cells += [step, _times(_ratio(row, dense, "step_ms"))]
         if row.get("largest_batch") is not None:
             cells += [row["largest_batch"], _times(_ratio(row, dense, "largest_batch"))]
@@ -62,7 +63,20 @@ def report(rows: Sequence[_Row], skipped: dict[str, str]) -> str:
         lines.append(cells)
     limits = sorted({row["limit"] for row in rows if row.get("limit")})
     largest = f"largest batch in {' or '.join(human_bytes(limit) for limit in limits)}" if limits else "largest batch"
-    header = ["network", "batch", "run", "held", "of dense", "idle", "ready", "peak", "of dense", "growth", "of dense"]
+    header = [
+        "network",
+        "batch",
+        "allocator",
+        "run",
+        "held",
+        "of dense",
+        "idle",
+        "ready",
+        "peak",
+        "of dense",
+        "growth",
+        "of dense",
+    ]
     header += ["step ms", "of dense", largest, "of dense"]
     notes = []
     if any(row.get("peak_is_of_steps") is False for row in rows):
@@ -81,6 +95,8 @@ def report(rows: Sequence[_Row], skipped: dict[str, str]) -> str:
             f"held: for the backward pass, parameters and images aside. idle, ready, peak ({device}): before the",
             "model is built, after its first small step, and the most during the steps. growth: peak less idle, so",
             "weights, gradients, momentum, held tensors and all that is short-lived. Each run is a process of its own.",
+            "allocator mmap: blocks of 64 KiB or more go back to the system as soon as they are freed (slower), so",
+            "that no gaps in the heap are part of the peak.",
             "",
             common.markdown(header, lines),
             *(f"\n{note}" for note in notes),
@@ -97,7 +113,7 @@ def plot(rows: Sequence[_Row], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = _sorted(rows)
-    groups = list(dict.fromkeys((row["model"], row["batch"], row["width"]) for row in rows))
+    groups = list(dict.fromkeys((row["model"], row["batch"], row["width"], row["allocator"]) for row in rows))
     runs = list(dict.fromkeys(row["run"] for row in rows))
     panels = {"held": "held for the backward pass", "growth": "peak of the process, less what it began with"}
     if any(row.get("largest_batch") for row in rows):
@@ -110,14 +126,18 @@ def plot(rows: Sequence[_Row], path: Path) -> None:
         for number, run in enumerate(runs):
             heights = []
             for group in groups:
-                key = (row for row in rows if (row["model"], row["batch"], row["width"], row["run"]) == (*group, run))
-                row = next(key, None)
+                fields = ("model", "batch", "width", "allocator", "run")
+                found = (row for row in rows if tuple(row[field] for field in fields) == (*group, run))
+                row = next(found, None)
                 heights.append(0.0 if row is None else _ratio(row, _dense(rows, row), field) or 0.0)
             places = [place + number * width for place in range(len(groups))]
             color = {"dense": "0.6", "checkpoint": "0.8"}.get(run, f"C{number - 2}")
             bars = panel.bar(places, heights, width, color=color, label=run)
             panel.bar_label(bars, [f"{height:.2f}" if height else "" for height in heights], fontsize=7, rotation=90)
-        titles = [f"{NETWORKS[model].title}\nbatch {batch}" for model, batch, _ in groups]
+        titles = [
+            f"{NETWORKS[model].title}\nbatch {batch}" + ("" if allocator == "default" else f", {allocator}")
+            for model, batch, _, allocator in groups
+        ]
         panel.set_xticks([place + 0.42 - width / 2 for place in range(len(groups))], titles, fontsize=7)
         panel.set_title(f"{title}, dense = 1", fontsize=9)
         panel.margins(y=0.15)

@@ -80,10 +80,11 @@ def test_scaling_keeps_the_axes_measured_before(tmp_path: Path) -> None:
 def test_memory(tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
     options = ["--models", "resnet18", "--width", "0.125", "--batch", "8", "--sparsity", "90", "--steps", "1"]
-    done = _run(*options, "--limit", "0", "--out", str(out), script="memory.py")
+    done = _run(*options, "--limit", "0", "--allocators", "mmap", "--out", str(out), script="memory.py")
     assert done.returncode == 0, done.stderr
     rows = {row["run"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"dense", "checkpoint", "90%"}
+    assert {row["allocator"] for row in rows.values()} == {"mmap"}
     assert rows["checkpoint"]["held"] < rows["dense"]["held"]
     assert rows["90%"]["held"] < rows["dense"]["held"]
     assert all(0 < row["idle"] < row["peak"] and row["growth"] == row["peak"] - row["idle"] for row in rows.values())
