@@ -3,7 +3,8 @@
 #   make demo       train a small ResNet-18 twice, dense and sparse, and compare
 #   make test       the Python and the C++ tests
 #   make lint       ruff, mypy, clang-format
-#   make bench      time the convolutions against dense PyTorch
+#   make bench      time convolutions and training steps against dense PyTorch, and measure memory: some minutes
+#   make bench-all  the same in full, for the results in bench/results: hours
 #   make cpp-test   the C++ tests alone        make sanitize   those under ASan and UBSan
 #   make format     let ruff and clang-format rewrite the sources
 #   make cuda-check compile the CUDA kernels for sm_80 and sm_90 and look for spills; needs nvcc and no GPU
@@ -33,7 +34,7 @@ CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TORCH_WILL_DO := import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)
 
-.PHONY: help demo test lint bench format cuda-check gpu python-test cpp-test sanitize build system cmake clean distclean
+.PHONY: help demo test lint bench bench-all format cuda-check gpu python-test cpp-test sanitize build system cmake clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,15 @@ demo: build
 
 bench: build
 	$(BIN)/python bench/layers.py
+	$(BIN)/python bench/scaling.py --quick
+	$(BIN)/python bench/train_step.py --quick
+	$(BIN)/python bench/memory.py --quick
+
+bench-all: build
+	$(BIN)/python bench/layers.py --out bench/results/layers.json
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/memory.py --allocators default,mmap
 
 test: python-test cpp-test
 

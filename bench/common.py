@@ -146,3 +146,29 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def merge_rows(path: Path | None, rows: list[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
+    """``rows``, and before them those in the JSON file at ``path`` that differ from all of them in a field of ``key``.
+
+    A bench may then be run part by part; each row carries the conditions that it was measured under.
+    """
+    if path is None or not path.is_file():
+        return rows
+    known = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+    new = {tuple(row[name] for name in key) for row in rows}
+    return [row for row in known if tuple(row.get(name) for name in key) not in new] + rows
+
+
+def default_out(name: str) -> Path:
+    """Where the committed results of a bench lie."""
+    return Path(__file__).parent / "results" / f"{name}.json"
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> str:
+    """The distinct conditions of ``rows`` in one line each, the load aside."""
+    lines = {
+        ", ".join(f"{name}: {value}" for name, value in row["conditions"].items() if name != "load_before"): None
+        for row in rows
+    }
+    return "\n".join(lines)

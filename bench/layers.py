@@ -79,7 +79,7 @@ class Tensors:
         return Tensors(*fields)
 
 
-def _tensors(layer: Layer, batch: int, inputs: str) -> Tensors:
+def tensors_of(layer: Layer, batch: int, inputs: str) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     side = layer.size // layer.stride
     weight = torch.randn(layer.outputs, layer.channels, layer.kernel, layer.kernel, generator=generator)
@@ -96,7 +96,7 @@ def _step(convolution: Callable[[Tensor, Tensor], Tensor], tensors: Tensors) -> 
     return lambda: torch.autograd.grad(convolution(input, weight), (input, weight), tensors.grad_output)
 
 
-def _dense_calls(layer: Layer, tensors: Tensors, layout: str) -> dict[str, Callable[[], object]]:
+def dense_calls(layer: Layer, tensors: Tensors, layout: str) -> dict[str, Callable[[], object]]:
     def convolution(input: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(input, weight, None, layer.stride, layer.padding)
 
@@ -123,7 +123,7 @@ def _dense_calls(layer: Layer, tensors: Tensors, layout: str) -> dict[str, Calla
     }
 
 
-def _swat_calls(layer: Layer, tensors: Tensors, sparsity: float) -> dict[str, Callable[[], object]]:
+def swat_calls(layer: Layer, tensors: Tensors, sparsity: float) -> dict[str, Callable[[], object]]:
     """``tensors`` is in the layout that the model would be in."""
     input, weight, grad_output = tensors.input, tensors.weight, tensors.grad_output
     thresholds = {name: common.select(t, sparsity) for name, t in (("weight", weight), ("activation", input))}
@@ -198,13 +198,13 @@ def measure_layer(
     layer: Layer, batch: int, sparsities: Sequence[float], *, inputs: str, layout: str, rounds: int, progress: tqdm
 ) -> dict[str, Any]:
     """All times of one layer, and what it would need at the limit."""
-    contiguous = _tensors(layer, batch, inputs).contiguous(torch.contiguous_format)
+    contiguous = tensors_of(layer, batch, inputs).contiguous(torch.contiguous_format)
     channels_last = contiguous.contiguous(torch.channels_last)
     square = torch.randn(_MATMUL, _MATMUL, generator=torch.Generator().manual_seed(1))
     calls: dict[str, Callable[[], object]] = {"matmul": lambda: square @ square}
-    calls |= _dense_calls(layer, contiguous, "NCHW") | _dense_calls(layer, channels_last, "channels_last")
+    calls |= dense_calls(layer, contiguous, "NCHW") | dense_calls(layer, channels_last, "channels_last")
     for sparsity in sparsities:
-        calls |= _swat_calls(layer, channels_last if layout == "channels_last" else contiguous, sparsity)
+        calls |= swat_calls(layer, channels_last if layout == "channels_last" else contiguous, sparsity)
         calls |= _sparseprop_calls(layer, contiguous, sparsity)
     progress.set_description(layer.name)
     with torch.no_grad():

@@ -2,12 +2,14 @@
 
 from swat_ext import functional
 from swat_ext.config import SWATConfig
+from swat_ext.memory import MemoryProfile, profile_memory
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 from swat_ext.report import Report, report
 from swat_ext.scheduler import SWATScheduler
 from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
 
 __all__ = [
+    "MemoryProfile",
     "Report",
     "SWATConfig",
     "SWATConv2d",
@@ -17,6 +19,7 @@ __all__ = [
     "Sparsified",
     "SparsifyWarning",
     "functional",
+    "profile_memory",
     "report",
     "sparsify_",
     "to_dense",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from swat_ext.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
+from swat_ext.memory import held_by_kind
 from swat_ext.modules import SWATLayer
 from swat_ext.shapes import Call, trace_calls
 from swat_ext.sparsify import LeftDense, Surveyed, survey
@@ -69,7 +70,12 @@ class Report:
         dense_bytes: bytes that PyTorch's layers would hold for the backward pass; an input that several layers read
             counts once.
         saved_bytes: bytes that the layers hold now.
-        Without ``input_size`` these four are None.
+        outside: what holds tensors beside these layers in a training step: for each kind of module, or function called
+            by a container, how many and how many bytes. A tensor that a layer which is not sparse keeps too is in both.
+            None if the model does not run on shapes alone.
+        Without ``input_size`` these five are None.
+        parameter_bytes: bytes of all parameters, which stay dense.
+        gradient_bytes: bytes of the gradients of those that have one; momentum takes as much again.
     """
 
     model: str
@@ -80,6 +86,9 @@ class Report:
     swat_flops: float | None
     dense_bytes: int | None
     saved_bytes: int | None
+    outside: dict[str, tuple[int, int]] | None
+    parameter_bytes: int
+    gradient_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """The same as nested dictionaries and lists of plain values, ready for JSON."""
@@ -93,9 +102,11 @@ class Report:
         swapped = sum(layer.sparse for layer in self.layers)
         title = f"{self.model}: {swapped} of {len(self.layers)} layers with weights train sparse"
         if self.input_size is None:
-            return "\n".join([title, "", self._short_table(), "", *self._left_dense_lines(), _NO_SIZE])
+            lines = [title, "", self._short_table(), "", *self._left_dense_lines(), self._parameters_line(), _NO_SIZE]
+            return "\n".join(lines)
         title += f"; one training step on input {_shape(self.input_size)}"
         notes = [line for line in (*self._left_dense_lines(), *self._uncounted_lines()) if line]
+        notes += [*self._outside_lines(), self._parameters_line()]
         return "\n".join([title, "", self._long_table(), "", *notes, *_NOTES])
 
     def _short_table(self) -> str:
@@ -140,6 +151,21 @@ class Report:
         lines = [f"Not called as a layer with such an input: {', '.join(unreached)}."] if unreached else []
         return lines + ([f"Not counted, of a kind unknown here: {', '.join(unknown)}."] if unknown else [])
 
+    def _outside_lines(self) -> list[str]:
+        if self.outside is None:
+            return ["Held by other modules: not known, as the model does not run on shapes alone."]
+        if not self.outside:
+            return ["Held by other modules: nothing."]
+        total = sum(nbytes for _, nbytes in self.outside.values())
+        width = max(map(len, self.outside))
+        return [f"Held by other modules, {human_bytes(total)}:"] + [
+            f"  {kind:<{width}}  {human_bytes(nbytes)} in {count}" for kind, (count, nbytes) in self.outside.items()
+        ]
+
+    def _parameters_line(self) -> str:
+        weights, gradients = human_bytes(self.parameter_bytes), human_bytes(self.gradient_bytes)
+        return f"Dense as ever: parameters {weights}, their gradients {gradients}, momentum as much again."
+
 
 _NO_SIZE = "Give input_size for FLOPs and bytes."
 _NOTES = (
@@ -147,7 +173,7 @@ _NOTES = (
     "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
     "held: kept by these layers from forward to backward, packed weights included, by their budget: exact zeros take",
     "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the dense total.",
-    "What BatchNorm, ReLU and others keep is not counted.",
+    "Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step.",
 )
 
 
@@ -173,7 +199,23 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None, *, dtype: 
     surveyed = list(survey(model))
     rows = [_row(layer, None if calls is None else calls.get(layer.name, [])) for layer in surveyed]
     left = tuple(layer.left_dense(row.reason) for layer, row in zip(surveyed, rows, strict=True) if not row.sparse)
-    return Report(type(model).__name__, size, tuple(rows), left, *_totals(surveyed, rows, calls))
+    parameters = list(model.parameters())
+    return Report(
+        type(model).__name__,
+        size,
+        tuple(rows),
+        left,
+        *_totals(surveyed, rows, calls),
+        None if size is None else _outside(model, size, dtype),
+        sum(parameter.nbytes for parameter in parameters),
+        sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
+    )
+
+
+def _outside(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, tuple[int, int]] | None:
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    layers = tuple({type(layer.module) for layer in survey(model)})
+    return held_by_kind(model, size, dtype or next(floating, torch.float32), lambda module: isinstance(module, layers))
 
 
 def _check_size(input_size: object) -> tuple[int, ...]:

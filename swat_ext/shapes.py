@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "trace_calls"]
+__all__ = ["Call", "copy_model", "on_meta", "trace_calls"]
 
 _HOOK_REGISTRIES = (
     "_forward_hooks",
@@ -55,12 +55,12 @@ def trace_calls(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype 
     dtype = dtype or (floating[0].dtype if floating else torch.float32)
     with torch.random.fork_rng(devices=[]):
         try:
-            return _run(_copy(model, _on_meta), torch.empty(list(input_size), dtype=dtype, device="meta"))
+            return _run(copy_model(model, on_meta), torch.empty(list(input_size), dtype=dtype, device="meta"))
         except Exception:  # on shapes alone a model may fail in any way; the second try tells
             pass
         try:
             values = torch.randn(list(input_size), device=device) if dtype.is_floating_point else torch.zeros(())
-            return _run(_copy(model, None), values.to(dtype).expand(list(input_size)).contiguous())
+            return _run(copy_model(model), values.to(dtype).expand(list(input_size)).contiguous())
         except Exception as error:
             raise RuntimeError(
                 f"input_size: the model did not run on one {dtype} tensor of shape {tuple(input_size)}: {error}"
@@ -92,12 +92,13 @@ def _run(model: nn.Module, input: Tensor) -> dict[str, list[Call]]:
     return calls
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and dtype without values, on the meta device; a parameter stays one."""
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _copy(model: nn.Module, change: Callable[[Tensor], Tensor] | None) -> nn.Module:
+def copy_model(model: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
     """A deep copy without the user's hooks, whose tensors are those that ``change`` makes of the model's."""
     memo: dict[int, Any] = {}
     for module in model.modules():

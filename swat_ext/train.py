@@ -1,4 +1,4 @@
-"""``python -m swat_ext.train``, installed as ``swat-train``: train a ResNet, dense or sparse, from the command line."""
+"""``python -m swat_ext.train``, installed as ``swat-train``: train a network, dense or sparse, by command line."""
 
 import argparse
 import sys
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from swat_ext.config import SWATConfig
 from swat_ext.data import DATA, Data, load_data
-from swat_ext.models import MODELS, ResNet, build_model, swap_relus_
+from swat_ext.models import MODELS, STEMS, build_model, swap_relus_
 from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.training import CHECKPOINT, RECIPES, Diverged, Recipe, Trainer, load_checkpoint, recipe_for
@@ -44,7 +45,7 @@ _SPARSITY = 0.9
 _SPARSE_ONLY = ("sparsity", "activation_sparsity", "skip", "topk_period", "topk_warmup_epochs")
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding.
 _FREE = ("data_dir", "threads", "workers")
-# From this many pixels on, images get ResNet's ImageNet stem.
+# From this many pixels on, images get the ImageNet stem where the network has one.
 _LARGE_IMAGE = 64
 
 _EPILOG = """\
@@ -64,7 +65,7 @@ others. Milestones and warm-up keep their share of the run where --epochs change
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="swat-train",
-        description="Train a ResNet by sparse weight activation training (SWAT), or dense for comparison.",
+        description="Train a network by sparse weight activation training (SWAT), or dense for comparison.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # What is absent here was not asked for: a resumed run takes it from its checkpoint.
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=list(MODELS), help="(default: resnet18)")
     model.add_argument("--width", type=float, metavar="X", help="factor on the channels (default: 1)")
-    model.add_argument("--stem", choices=["cifar", "imagenet"], help="(default: cifar below 64 pixels)")
+    model.add_argument(
+        "--stem", choices=["cifar", "imagenet"], help="(default: imagenet from 64 pixels on, where the model has it)"
+    )
     model.add_argument("--layout", choices=list(_LAYOUTS), help="memory layout (default: channels_last)")
 
     sparse = parser.add_argument_group("sparsity (the share of zeros, in [0, 1))")
@@ -161,9 +164,10 @@ def _default_out(settings: dict[str, Any]) -> Path:
     return Path("runs") / f"{settings['data']}-{settings['model']}-{kind}-seed{settings['seed']}"
 
 
-def _build(settings: dict[str, Any], data: Data) -> ResNet:
+def _build(settings: dict[str, Any], data: Data) -> nn.Module:
     torch.manual_seed(settings["seed"])
-    stem = settings["stem"] or ("cifar" if max(data.shape[1:]) < _LARGE_IMAGE else "imagenet")
+    large = max(data.shape[1:]) >= _LARGE_IMAGE and "imagenet" in STEMS[settings["model"]]
+    stem = settings["stem"] or ("imagenet" if large else "cifar")
     model = build_model(
         settings["model"], data.num_classes, in_channels=data.shape[0], stem=stem, width=settings["width"]
     )

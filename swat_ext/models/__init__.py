@@ -1,16 +1,27 @@
 """Networks for the command line, the demo and the benchmarks; nothing here knows that its layers may become sparse."""
 
+from swat_ext.models.densenet import DenseNet, densenet121
+from swat_ext.models.registry import MODELS, STEMS, build_model
 from swat_ext.models.relu import BitReLU, swap_relus_
-from swat_ext.models.resnet import MODELS, BasicBlock, Bottleneck, ResNet, build_model, resnet18, resnet50
+from swat_ext.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
+from swat_ext.models.vgg import VGG, vgg16
+from swat_ext.models.wide_resnet import WideResNet, wrn16_8
 
 __all__ = [
     "MODELS",
+    "STEMS",
+    "VGG",
     "BasicBlock",
     "BitReLU",
     "Bottleneck",
+    "DenseNet",
     "ResNet",
+    "WideResNet",
     "build_model",
+    "densenet121",
     "resnet18",
     "resnet50",
     "swap_relus_",
+    "vgg16",
+    "wrn16_8",
 ]

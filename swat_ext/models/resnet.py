@@ -6,27 +6,22 @@ paper's option B). A bottleneck strides in its 3x3 convolution, as is now usual,
 the names that most ResNet checkpoints use (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``, ``fc``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "build_model", "resnet18", "resnet50"]
+from swat_ext.models.parts import check_images, conv, initialise_, scaled_channels
+
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50"]
 
 STEMS = ("cifar", "imagenet")
-
-# Channels are a multiple of this, so that a narrow network still fills vector registers.
-_CHANNEL_MULTIPLE = 8
-
-
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -36,9 +31,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3)
+        self.conv2 = conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, channels, stride)
@@ -57,11 +52,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = _conv(in_channels, channels, 1)
+        self.conv1 = conv(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3, stride)
+        self.conv2 = conv(channels, channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = _conv(channels, out_channels, 1)
+        self.conv3 = conv(channels, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
@@ -99,21 +94,16 @@ class ResNet(nn.Module):
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        if stem not in STEMS:
-            raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
-        if num_classes < 1 or in_channels < 1:
-            raise ValueError(f"num_classes, in_channels: expected at least 1, got {num_classes} and {in_channels}")
-        if not 0 < width < float("inf"):
-            raise ValueError(f"width: expected a positive number, got {width}")
+        check_images(num_classes, in_channels, stem, STEMS)
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers: expected four numbers of at least 1, got {tuple(layers)}")
-        channels = [_CHANNEL_MULTIPLE * max(1, round(64 * 2**i * width / _CHANNEL_MULTIPLE)) for i in range(4)]
+        channels = [scaled_channels(64 * 2**i, width) for i in range(4)]
 
         if stem == "cifar":
-            self.conv1 = _conv(in_channels, channels[0], 3)
+            self.conv1 = conv(in_channels, channels[0], 3)
             self.maxpool: nn.Module = nn.Identity()
         else:
-            self.conv1 = _conv(in_channels, channels[0], 7, stride=2)
+            self.conv1 = conv(in_channels, channels[0], 7, stride=2)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU(inplace=True)
@@ -128,9 +118,7 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -146,17 +134,3 @@ def resnet18(num_classes: int, *, in_channels: int = 3, stem: str = "cifar", wid
 def resnet50(num_classes: int, *, in_channels: int = 3, stem: str = "imagenet", width: float = 1.0) -> ResNet:
     """ResNet-50; arguments as in :class:`ResNet`. 25.6 million parameters with 1000 classes and the ImageNet stem."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-
-
-MODELS: dict[str, Callable[..., ResNet]] = {"resnet18": resnet18, "resnet50": resnet50}
-
-
-def build_model(name: str, num_classes: int, *, in_channels: int, stem: str, width: float = 1.0) -> ResNet:
-    """The network called ``name`` in :data:`MODELS`; the other arguments as in :class:`ResNet`.
-
-    Raises:
-        ValueError: ``name`` is unknown, or an argument is out of its range.
-    """
-    if name not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(sorted(MODELS))}, got {name!r}")
-    return MODELS[name](num_classes, in_channels=in_channels, stem=stem, width=width)

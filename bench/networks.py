@@ -1,0 +1,166 @@
+"""The networks that the benches of whole training steps run, dense and sparse, and a step of them."""
+
+import argparse
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import swat_ext
+from swat_ext.models import VGG, BasicBlock, Bottleneck, build_model, swap_relus_
+from swat_ext.models.densenet import DenseLayer, Transition
+from swat_ext.models.wide_resnet import PreActBlock
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+BATCHNORMS = ("exact", "bf16", "int8")
+
+# Small enough that a few dozen steps on random labels change little; no sparsity comes from it.
+_LR, _MOMENTUM, _WEIGHT_DECAY = 1e-3, 0.9, 1e-4
+# Batches that steps take in turn, so that no step finds its input in the cache by the last one.
+_BATCHES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network, its images and the batches that it is measured at."""
+
+    name: str
+    title: str
+    size: int
+    classes: int
+    batches: tuple[int, ...]
+
+    def build(self, *, width: float = 1.0, seed: int = 0) -> nn.Module:
+        """Dense, in training mode, the same weights each time."""
+        torch.manual_seed(seed)
+        stem = "cifar" if self.size < 64 else "imagenet"
+        return build_model(self.name, self.classes, in_channels=3, stem=stem, width=width).train()
+
+    def data(self, batch: int, layout: str, count: int = _BATCHES, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+        """Random images and labels."""
+        generator = torch.Generator().manual_seed(1)
+        made = []
+        for _ in range(count):
+            images = torch.randn(batch, 3, self.size, self.size, generator=generator)
+            labels = torch.randint(self.classes, (batch,), generator=generator)
+            made.append((images.to(device).contiguous(memory_format=LAYOUTS[layout]), labels.to(device)))
+        return made
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("resnet18", "ResNet-18", 32, 10, (64, 128)),
+        Network("vgg16", "VGG-16", 32, 10, (64, 128)),
+        Network("wrn16_8", "WRN-16-8", 32, 10, (64, 128)),
+        Network("densenet121", "DenseNet-121", 32, 10, (64, 128)),
+        Network("resnet50", "ResNet-50 at 224", 224, 1000, (16,)),
+    )
+}
+
+
+class Trainee:
+    """A network with its optimizer; :meth:`step` is what a training loop does with a batch."""
+
+    def __init__(self, model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.model, self._data, self._count = model, data, 0
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=_LR, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY, nesterov=True
+        )
+        self.layers = [module for module in model.modules() if isinstance(module, swat_ext.SWATLayer)]
+        self._scheduler = swat_ext.SWATScheduler(model, self.optimizer) if self.layers else None
+        self.loss: Tensor | None = None
+
+    def use(self, data: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Go on with other batches."""
+        self._data, self._count = data, 0
+
+    def step(self) -> None:
+        images, labels = self._data[self._count % len(self._data)]
+        self._count += 1
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.loss = loss.detach()
+
+    def select_next(self) -> None:
+        """Let every sparse layer select at its next forward."""
+        for layer in self.layers:
+            state = layer.selection_state()
+            layer.load_selection_state(state | {"due": [0] * len(state["due"])})
+
+    def check(self) -> None:
+        """Raise RuntimeError if training went wrong: nothing is timed on NaN."""
+        if self.loss is not None and not self.loss.isfinite():
+            raise RuntimeError("the loss became NaN or infinite; what was timed means nothing")
+
+
+def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) -> nn.Module:
+    """A sparse copy of ``model``, channels_last, with ReLUs that keep one bit an element.
+
+    Raises:
+        NotImplementedError: this version does not have ``batchnorm``.
+    """
+    model = copy.deepcopy(model)
+    config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm)
+    swat_ext.sparsify_(model, config)
+    swap_relus_(model)
+    return model.to(memory_format=torch.channels_last)
+
+
+def checkpoint_blocks_(model: nn.Module) -> int:
+    """Let each block keep its input alone and run again in the backward pass; the number of blocks.
+
+    As with any such checkpoint, BatchNorm sees each batch twice and moves its running statistics twice.
+    """
+    if isinstance(model, VGG):
+        stages = [nn.Sequential()]
+        for layer in model.features:
+            stages[-1].append(layer)
+            if isinstance(layer, nn.MaxPool2d):
+                stages.append(nn.Sequential())
+        model.features = nn.Sequential(*(stage for stage in stages if len(stage)))
+    kinds = (BasicBlock, Bottleneck, DenseLayer, PreActBlock, Transition)
+    blocks = [module for module in model.modules() if isinstance(module, kinds)]
+    blocks += list(model.features) if isinstance(model, VGG) else []
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
+
+
+def unavailable(batchnorm: str) -> str:
+    """Why this version cannot do ``batchnorm``; "" if it can."""
+    try:
+        swat_ext.SWATConfig(0.9, batchnorm=batchnorm)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A type for :mod:`argparse` that takes a comma-separated list of ``known`` names."""
+
+    def parse(text: str) -> list[str]:
+        values = text.split(",")
+        for value in values:
+            if value not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {value!r}")
+        return values
+
+    return parse
+
+
+def positives(text: str) -> list[int]:
+    """``"64,128"`` as ``[64, 128]``, for :mod:`argparse`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected integers of at least 1 such as 64,128, got {text!r}")
+    return values

@@ -1,0 +1,317 @@
+"""Whole training steps: forward, loss, backward and SGD with momentum, dense in both layouts and sparse.
+
+    python bench/train_step.py                                  # every network, about an hour on two cores
+    python bench/train_step.py --models resnet18 --batch 64     # one row; rows measured before stay in the file
+    python bench/train_step.py --quick                          # one period of two small networks, written nowhere
+
+All networks of a row take their steps in turns in one process. A sparse time is the mean over a whole selection period
+(``--topk-period`` steps, one of which selects), a dense time is that of the faster layout; both are medians over the
+rounds. Weights and saved activations have the same sparsity. Where the time goes is profiled afterwards, in a step that
+selects and one that does not, weighted as they occur; "rest" is what no category names, Python included.
+"""
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Before torch is loaded: its profiler says on every start and stop that it does.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import common
+import torch
+from networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives, unavailable
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+_WARM_UP = 2
+# Steps of each dense network in one period.
+_DENSE_STEPS = 2
+
+# By the first pattern that an event's name matches; what lies inside such an event belongs to it.
+_CATEGORIES = {
+    "input gradient": re.compile(r"^input gradient$|conv2d_input_grad"),
+    "weight gradient": re.compile(r"^weight gradient$|conv2d_weight_grad"),
+    "select and compress": re.compile(r"^swat_ext::(select|compress|kth_magnitude|decompress)"),
+    "convolution forward": re.compile(r"^(aten|swat_ext)::(masked_)?conv(2d|olution)$"),
+    "BatchNorm": re.compile(r"batch_?norm", re.IGNORECASE),
+    "ReLU": re.compile(r"relu", re.IGNORECASE),
+    "optimizer": re.compile(r"^Optimizer\."),
+}
+CATEGORIES = (
+    "convolution forward",
+    "input gradient",
+    "weight gradient",
+    "select and compress",
+    "BatchNorm",
+    "ReLU",
+    "optimizer",
+    "rest",
+)
+
+
+class _SplitGradients(TorchDispatchMode):
+    """Computes the two gradients of PyTorch's convolution one after the other, so that each has its own event."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.convolution_backward.default:
+            return func(*args, **(kwargs or {}))
+        *others, (wants_input, wants_weight, wants_bias) = args
+        grad_input = grad_weight = grad_bias = None
+        if wants_input:
+            with record_function("input gradient"):
+                grad_input = func(*others, [True, False, False])[0]
+        if wants_weight or wants_bias:
+            with record_function("weight gradient"):
+                _, grad_weight, grad_bias = func(*others, [False, wants_weight, wants_bias])
+        return grad_input, grad_weight, grad_bias
+
+
+def _profiled(trainee: Trainee) -> dict[str, float]:
+    """Milliseconds of one step in each category."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, _SplitGradients():
+        started = time.perf_counter()
+        trainee.step()
+        total = 1e3 * (time.perf_counter() - started)
+    taken = dict.fromkeys(CATEGORIES, 0.0)
+    stack = [event for event in profiler.events() if event.cpu_parent is None]
+    while stack:
+        event = stack.pop()
+        category = next((name for name, pattern in _CATEGORIES.items() if pattern.search(event.name)), None)
+        if category is None:
+            stack.extend(event.cpu_children)
+        else:
+            taken[category] += event.cpu_time_total / 1e3
+    taken["rest"] = max(0.0, total - sum(taken.values()))
+    return taken
+
+
+def breakdown(trainee: Trainee, period: int) -> dict[str, float]:
+    """Milliseconds of a mean step in each category, one in ``period`` selecting."""
+    if not trainee.layers:
+        return _profiled(trainee)
+    trainee.select_next()
+    selecting, other = _profiled(trainee), _profiled(trainee)
+    return {name: (selecting[name] + (period - 1) * other[name]) / period for name in CATEGORIES}
+
+
+def _timed(trainee: Trainee) -> float:
+    started = time.perf_counter()
+    trainee.step()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def measure(
+    network: Network,
+    batch: int,
+    sparsities: Sequence[float],
+    batchnorms: Sequence[str],
+    *,
+    rounds: int,
+    period: int,
+    width: float,
+    progress: tqdm,
+) -> dict[str, Any]:
+    """One row: every network's time, the ratios, and where the time goes."""
+    progress.set_description(f"{network.title}, batch {batch}")
+    conditions = common.conditions()
+    dense = network.build(width=width)
+    trainees: dict[str, Trainee] = {}
+    data = {layout: network.data(batch, layout) for layout in LAYOUTS}
+    for batchnorm in batchnorms:
+        for sparsity in sparsities:
+            model = make_sparse(dense, sparsity, batchnorm, period)
+            trainees[_label(sparsity, batchnorm)] = Trainee(model, data["channels_last"])
+    for layout, memory_format in LAYOUTS.items():
+        model = network.build(width=width).to(memory_format=memory_format)
+        trainees[f"dense {layout}"] = Trainee(model, data[layout])
+
+    for trainee in trainees.values():
+        for _ in range(_WARM_UP):
+            trainee.step()
+        trainee.select_next()  # a round is one whole period
+    samples: dict[str, list[float]] = {name: [] for name in trainees}
+    order = list(trainees)
+    dense_at = {number * period // _DENSE_STEPS for number in range(min(_DENSE_STEPS, period))}
+    for number in range(rounds):
+        taken: dict[str, list[float]] = {name: [] for name in trainees}
+        for step in range(period):
+            first = (number + step) % len(order)
+            for name in order[first:] + order[:first]:
+                if trainees[name].layers or step in dense_at:
+                    taken[name].append(_timed(trainees[name]))
+            progress.update()
+        for name, times in taken.items():
+            samples[name].append(sum(times) / len(times))
+        for trainee in trainees.values():
+            trainee.select_next()
+    timings = {name: common.Timing(tuple(times)) for name, times in samples.items()}
+    layout = min(LAYOUTS, key=lambda name: timings[f"dense {name}"].median)
+    fastest = timings[f"dense {layout}"].median
+    parts = {}
+    for name, trainee in trainees.items():
+        trainee.check()
+        if trainee.layers or name == f"dense {layout}":
+            parts[name.removesuffix(f" {layout}")] = breakdown(trainee, period)
+    return {
+        "model": network.name,
+        "title": network.title,
+        "batch": batch,
+        "size": network.size,
+        "width": width,
+        "topk_period": period,
+        "conditions": conditions,
+        "dense_layout": layout,
+        "timings": {name: timing.to_dict() for name, timing in timings.items()},
+        "ratios": {name: fastest / timings[name].median for name, trainee in trainees.items() if trainee.layers},
+        "breakdown": {"dense": parts.pop("dense"), **parts},
+    }
+
+
+def _label(sparsity: float, batchnorm: str) -> str:
+    return f"{sparsity:.0%}" + ("" if batchnorm == "exact" else f" {batchnorm}")
+
+
+def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
+    """The tables, in Markdown."""
+    labels = list(dict.fromkeys(label for row in rows for label in row["ratios"]))
+    header = ["network", "batch", "dense ms", "layout", *labels]
+    lines: list[list[object]] = []
+    for row in rows:
+        dense = row["timings"][f"dense {row['dense_layout']}"]["median_ms"]
+        cells = [
+            f"{row['timings'][label]['median_ms']:.0f} ({ratio:.2f}x)" if ratio else "-"
+            for label in labels
+            for ratio in [row["ratios"].get(label)]
+        ]
+        lines.append([row["title"], row["batch"], f"{dense:.0f}", row["dense_layout"], *cells])
+    parts = [
+        [row["title"], row["batch"], name, *(f"{part[category]:.0f}" for category in CATEGORIES)]
+        for row in rows
+        for name, part in row["breakdown"].items()
+    ]
+    return "\n".join(
+        [
+            "# Whole training steps",
+            "",
+            common.describe(rows),
+            "",
+            "Milliseconds a step, and how many times as fast as dense PyTorch in its faster layout:",
+            "",
+            common.markdown(header, lines),
+            "",
+            "Where the time goes, milliseconds a step (profiled, so that the sums differ a little from the above):",
+            "",
+            common.markdown(["network", "batch", "run", *CATEGORIES], parts),
+            *(f"\nNot measured, BatchNorm {name}: {reason}" for name, reason in skipped.items()),
+            "",
+        ]
+    )
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar for each run, as a share of its dense step, by category."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(2 + 2.1 * len(rows), 4.8), layout="constrained")
+    place, ticks = 0.0, []
+    for row in rows:
+        dense = sum(row["breakdown"]["dense"].values())
+        start = place
+        runs = {"dense": 1.0, **row["ratios"]}
+        for name, ratio in runs.items():
+            part, bottom = row["breakdown"][name], 0.0
+            # Heights are the timed ratios; the profile shares them out.
+            scale = 1 / ratio / sum(part.values()) if dense else 0.0
+            for number, category in enumerate(CATEGORIES):
+                height = part[category] * scale
+                axes.bar(place, height, 0.85, bottom, color=f"C{number}" if category != "rest" else "0.7")
+                bottom += height
+            axes.text(place, bottom, name if name == "dense" else f"{name}\n{ratio:.1f}x", ha="center", va="bottom")
+            place += 1
+        ticks.append(((start + place - 1) / 2, f"{row['title']}\nbatch {row['batch']}"))
+        place += 0.7
+    for number, category in enumerate(CATEGORIES):
+        axes.bar(0, 0, color=f"C{number}" if category != "rest" else "0.7", label=category)
+    axes.set_xticks([tick for tick, _ in ticks], [text for _, text in ticks])
+    axes.set_ylabel("time of a step, dense = 1")
+    axes.set_ylim(top=max(1.0, *(1 / ratio for row in rows for ratio in row["ratios"].values())) * 1.3)
+    axes.legend(fontsize=8, ncols=4, loc="upper center")
+    machine = rows[-1]["conditions"]
+    axes.set_title(f"{machine['threads']} threads, {machine['cpu']}, {machine['isa']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], skipped: dict[str, str]) -> None:
+    rows = sorted(rows, key=lambda row: (list(NETWORKS).index(row["model"]), row["batch"], row["width"]))
+    common.write_json(path, {"rows": rows, "skipped": skipped})
+    path.with_suffix(".md").write_text(report(rows, skipped), encoding="utf-8")
+    plot(rows, path.with_suffix(".png"))
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
+    parser.add_argument("--batch", type=positives, help="default: 64,128, or 16 at 224 pixels")
+    parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90,95")
+    parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
+    parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; .md and .png go beside it. Default: bench/results/train_step.json"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    options = _arguments(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    models = options.models or (["resnet18", "vgg16"] if options.quick else list(NETWORKS))
+    sparsities = options.sparsity or ([0.9] if options.quick else [0.8, 0.9, 0.95])
+    rounds = options.rounds or (1 if options.quick else 3)
+    out = options.out or (None if options.quick else common.default_out("train_step"))
+    skipped = {name: reason for name in options.batchnorm if (reason := unavailable(name))}
+    batchnorms = [name for name in options.batchnorm if name not in skipped]
+    for name, reason in skipped.items():
+        print(f"not measured, BatchNorm {name}: {reason}")
+    cases = []
+    for name in models:
+        batches = options.batch or NETWORKS[name].batches[: 1 if options.quick else None]
+        cases += [(NETWORKS[name], batch) for batch in batches]
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(cases) * rounds * options.topk_period, unit="step") as progress:
+        for network, batch in cases:
+            row = measure(
+                network,
+                batch,
+                sparsities,
+                batchnorms,
+                rounds=rounds,
+                period=options.topk_period,
+                width=options.width,
+                progress=progress,
+            )
+            rows.append(row)
+            if out is not None:  # after each row, so that an interrupted run keeps what it measured
+                _write(out, common.merge_rows(out, rows, ("model", "batch", "width")), skipped)
+    print(report(rows, skipped))
+    if out is not None:
+        print(f"written: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
