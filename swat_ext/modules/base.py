@@ -16,6 +16,7 @@ from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
 from swat_ext.modules.measure import Problem, measured_choice, recall, remember, representative
+from swat_ext.modules.shared import SharedPack, attach, find
 
 __all__ = ["SWATLayer"]
 
@@ -64,6 +65,7 @@ class SWATLayer(nn.Module):
         self._clock = torch.full((ops.CLOCK_SIZE,), _UNKNOWN, dtype=torch.int64, device="cpu")
         self._clock[ops.CLOCK_STEPS] = 0
         self._restored = False
+        self._selection: object | None = None  # the selection that activation_threshold is from
         self._measured: list[tuple[Any, ...]] = []  # keys of what "auto" chose by
         for name in ("weight_threshold", "activation_threshold"):
             zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
@@ -238,9 +240,41 @@ class SWATLayer(nn.Module):
         """``top(input)`` for the weight gradient, or None where there will be none."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
-        if self.training:
-            return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
-        return _select_exactly(input.detach(), self._activation_ratio)
+        if torch.compiler.is_compiling():
+            if self.training:
+                return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
+            return _select_exactly(input.detach(), self._activation_ratio)
+        keep = _kept(input.numel(), self._activation_ratio)
+        shared = find(input, keep)
+        if not self.training:
+            if shared is None or shared.selection is not None:
+                packed = _select_exactly(input.detach(), self._activation_ratio)
+                attach(input, SharedPack(packed, input._version, keep, None, True, None, 0))
+                return packed
+            return shared.packed
+        return self._share_activation(input, keep, shared)
+
+    def _share_activation(self, input: Tensor, keep: int, shared: SharedPack | None) -> Packed:
+        """Select from a training input, or take what a layer in the same state selected from it."""
+        # The weight has been selected before, which brought the clock up to date.
+        steps, due = int(self._clock[ops.CLOCK_STEPS]), int(self._clock[ops.CLOCK_DUE + _ACTIVATION])
+        fresh = due <= steps
+        if shared is not None and shared.threshold is not None and shared.fresh == fresh:
+            if fresh and shared.remaining == self._topk_period:
+                self.activation_threshold.copy_(shared.threshold)
+                self._selection = shared.selection
+                self._clock[ops.CLOCK_DUE + _ACTIVATION] = steps + shared.remaining
+                return shared.packed
+            if not fresh and shared.selection is self._selection:
+                self._clock[ops.CLOCK_DUE + _ACTIVATION] = min(due, steps + shared.remaining)
+                return shared.packed
+        packed = self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
+        if fresh or self._selection is None:
+            self._selection = object()
+        remaining = int(self._clock[ops.CLOCK_DUE + _ACTIVATION]) - steps
+        threshold = self.activation_threshold.clone() if fresh else self.activation_threshold
+        attach(input, SharedPack(packed, input._version, keep, self._selection, fresh, threshold, remaining))
+        return packed
 
     def _select(self, tensor: Tensor, threshold: Tensor, slot: int, ratio: tuple[int, int]) -> Packed:
         values, mask = torch.ops.swat_ext.select(
@@ -309,6 +343,7 @@ class SWATLayer(nn.Module):
         self.topk_period = state["topk_period"]
         self.weight_threshold.copy_(state["weight_threshold"])
         self.activation_threshold.copy_(state["activation_threshold"])
+        self._selection = None
         self._clock[ops.CLOCK_STEPS] = state["steps"]
         self._clock[ops.CLOCK_VERSION] = _UNKNOWN
         self._clock[ops.CLOCK_DUE :] = torch.tensor(state["due"])
@@ -337,7 +372,7 @@ class SWATLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling and deepcopy: the copy's weight has another version and another address, and that is not a step.
-        return {**self.__dict__, "_clock": self._looked()}
+        return {**self.__dict__, "_clock": self._looked(), "_selection": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._forget_version()
@@ -367,6 +402,7 @@ _OWN_ATTRIBUTES = (
     "_backend",
     "_clock",
     "_restored",
+    "_selection",
     "_measured",
     "_weight_ratio",
     "_activation_ratio",

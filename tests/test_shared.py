@@ -1,0 +1,145 @@
+"""Layers that read one tensor share one packed copy of it, and train as if each had its own."""
+
+import copy
+
+import pytest
+import torch
+from networks import assert_same_state, batches, sgd, train
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import swat_ext
+from swat_ext import SWATConfig, SWATConv2d
+from swat_ext.modules import base
+
+
+class Block(nn.Module):
+    """Two convolutions that read the same tensor, as a residual block's first and its shortcut do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.shortcut = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 5)
+        self.recompute = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.relu(self.stem(input))
+        x = checkpoint(self.both, x, use_reentrant=False) if self.recompute else self.both(x)
+        return self.head(x.mean((2, 3)))
+
+    def both(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.shortcut(x)
+
+
+def _network(**settings: object) -> Block:
+    torch.manual_seed(0)
+    model = Block()
+    swat_ext.sparsify_(model, SWATConfig(sparsity=0.8, backend="sparse", **{"topk_period": 3, **settings}))
+    return model
+
+
+def _packed_storages(model: nn.Module, x: Tensor) -> int:
+    """Distinct masks saved for backward by the two convolutions."""
+    masks = set()
+
+    def look(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int64 and tensor.numel() == swat_ext.ops.mask_words(x.shape[0] * 16 * 64):
+            masks.add(tensor.data_ptr())
+        return tensor
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), look(t))[1], lambda t: t):
+        model(x)
+    return len(masks)
+
+
+def _alone(monkeypatch) -> None:
+    monkeypatch.setattr(base, "find", lambda tensor, keep: None)
+
+
+def test_one_copy_is_held_for_two_layers(monkeypatch):
+    model, (x, _) = _network(), batches(1)[0]
+    # The ReLU's mask has another length.
+    assert [_packed_storages(model, x) for _ in range(3)] == [1, 1, 1]
+    model.eval()
+    assert _packed_storages(model, x) == 1
+    _alone(monkeypatch)
+    assert _packed_storages(model, x) == 2
+    assert _packed_storages(model.train(), x) == 2
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharing_changes_no_bit(monkeypatch, scheduled, recompute):
+    models = []
+    for shared in (True, False):
+        if not shared:
+            _alone(monkeypatch)
+        model = _network()
+        model.recompute = recompute
+        optimizer = sgd(model)
+        if scheduled:
+            swat_ext.SWATScheduler(model, optimizer)
+        losses = train(model, optimizer, batches(10))
+        models.append((model, losses))
+    (mine, first), (other, second) = models
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_state(mine, other)
+    for name in ("first", "shortcut"):
+        a, b = getattr(mine, name), getattr(other, name)
+        assert torch.equal(a.activation_threshold, b.activation_threshold)
+        assert a._clock[:1].equal(b._clock[:1])
+        assert a._clock[4:].equal(b._clock[4:])
+
+
+def test_an_overflowing_threshold_is_shared_too(monkeypatch):
+    states = []
+    for shared in (True, False):
+        if not shared:
+            _alone(monkeypatch)
+        model = _network(topk_period=50)
+        optimizer = sgd(model)
+        data = batches(6)
+        # Twice the size: the old threshold lets far too much pass.
+        data = [(x * (1 + number % 2), y) for number, (x, y) in enumerate(data)]
+        train(model, optimizer, data)
+        states.append(model)
+    assert_same_state(*states)
+    assert torch.equal(states[0].shortcut.activation_threshold, states[1].shortcut.activation_threshold)
+
+
+def _touch_input(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    with torch.no_grad():
+        args[0].mul_(1)
+
+
+@pytest.mark.parametrize("change", ["sparsity", "period", "in place", "copy"])
+def test_what_differs_is_not_shared(change):
+    model, (x, _) = _network(), batches(1)[0]
+    if change == "sparsity":
+        model.shortcut.activation_sparsity = 0.5
+    elif change == "period":
+        model.shortcut.topk_period = 4
+    elif change == "in place":
+        model.first.register_forward_hook(_touch_input)
+    else:
+        model.first.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+    assert _packed_storages(model, x) == 2
+
+
+def test_a_copy_shares_anew_and_trains_alike():
+    model, data = _network(), batches(9)
+    optimizer = sgd(model)
+    train(model, optimizer, data[:4])
+    twin = copy.deepcopy(model)
+    assert isinstance(twin.first, SWATConv2d)
+    assert twin.first._selection is None
+    twin_optimizer = sgd(twin)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data[4:])
+    train(twin, twin_optimizer, data[4:])
+    assert_same_state(model, twin)
+    assert _packed_storages(twin, data[0][0]) == 1
