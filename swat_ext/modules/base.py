@@ -1,22 +1,20 @@
 """What the sparse layers share: their settings, their thresholds, and the count of optimizer steps that ages those."""
 
 import copy
-import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from swat_ext import ops
-from swat_ext.arguments import check_tensor, padding_of_sides, prefers_channels_last
+from swat_ext.arguments import check_tensor
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
-from swat_ext.modules.measure import Problem, measured_choice, recall, remember, representative
-from swat_ext.modules.shared import SharedPack, attach, find
+from swat_ext.modules.measure import can_measure, measured_choice, problem_of, recall, remember
+from swat_ext.modules.selection import kept, kept_ratio, select_exactly
+from swat_ext.modules.shared import SharedPack, attach, find, has_identity
 
 __all__ = ["SWATLayer"]
 
@@ -196,34 +194,25 @@ class SWATLayer(nn.Module):
 
         Not while torch.compile traces: it takes the last choice, or that of the rule for layers that never ran.
         """
-        if self._backend != "auto" or not _has_values(input) or not input.numel():
-            return self._choice.backend
-        kernel, strides, dilations = list(weight.shape[2:]), list(stride), list(dilation)
-        paddings = padding_of_sides(padding, kernel, strides, dilations)
-        if min(ops.convolution_size(input.shape, weight.shape, strides, paddings, dilations)) < 1:
-            return self._choice.backend  # the convolution will say what is wrong
-        input_size = representative(input.shape, input.device)
-        problem = Problem(
-            input_size,
-            tuple(weight.shape),
-            (strides[0], strides[1]),
-            tuple(paddings),  # type: ignore[arg-type]
-            (dilations[0], dilations[1]),
-            groups,
-            prefers_channels_last(input, weight),
-            _kept(weight.numel(), self._weight_ratio),
-            _kept(math.prod(input_size), self._activation_ratio),
-            backward=torch.is_grad_enabled() and self.weight.requires_grad,
-        )
-        self._choice, key = measured_choice(problem, input.dtype, input.device, self._choice)
-        if key is not None and key not in self._measured:
-            self._measured.append(key)
+        if self._backend == "auto" and can_measure(input):
+            problem = problem_of(
+                input,
+                weight,
+                (stride, padding, dilation, groups),
+                self._weight_ratio,
+                self._activation_ratio,
+                backward=torch.is_grad_enabled() and self.weight.requires_grad,
+            )
+            if problem is not None:
+                self._choice, key = measured_choice(problem, input.dtype, input.device, self._choice)
+                if key is not None and key not in self._measured:
+                    self._measured.append(key)
         return self._choice.backend
 
     def _settle_settings(self) -> None:
         """Derive from the settings what forward needs, as plain integers and strings: forward must trace."""
-        self._weight_ratio = _kept_ratio(self._sparsity)
-        self._activation_ratio = _kept_ratio(self.activation_sparsity)
+        self._weight_ratio = kept_ratio(self._sparsity)
+        self._activation_ratio = kept_ratio(self.activation_sparsity)
         group_out_channels = self.weight.shape[0] // getattr(self, "groups", 1)
         self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
 
@@ -234,21 +223,21 @@ class SWATLayer(nn.Module):
         weight = self.weight.detach()
         if self.training:
             return self._select(weight, self.weight_threshold, _WEIGHT, self._weight_ratio)
-        return _select_exactly(weight, self._weight_ratio)
+        return select_exactly(weight, self._weight_ratio)
 
     def _select_activation(self, input: Tensor) -> Packed | None:
         """``top(input)`` for the weight gradient, or None where there will be none."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
-        if torch.compiler.is_compiling():
+        if not has_identity(input):
             if self.training:
                 return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
-            return _select_exactly(input.detach(), self._activation_ratio)
-        keep = _kept(input.numel(), self._activation_ratio)
+            return select_exactly(input.detach(), self._activation_ratio)
+        keep = kept(input.numel(), self._activation_ratio)
         shared = find(input, keep)
         if not self.training:
             if shared is None or shared.selection is not None:
-                packed = _select_exactly(input.detach(), self._activation_ratio)
+                packed = select_exactly(input.detach(), self._activation_ratio)
                 attach(input, SharedPack(packed, input._version, keep, None, True, None, 0))
                 return packed
             return shared.packed
@@ -283,7 +272,7 @@ class SWATLayer(nn.Module):
             threshold,
             self._clock,
             slot,
-            _kept(tensor.numel(), ratio),
+            kept(tensor.numel(), ratio),
             self._topk_period,
         )
         return Packed(values, mask, tensor.shape)
@@ -408,33 +397,3 @@ _OWN_ATTRIBUTES = (
     "_activation_ratio",
     "_choice",
 )
-
-
-def _has_values(input: Tensor) -> bool:
-    """Whether kernels can be timed on this device now: not on shapes alone, and not while they are traced."""
-    return (
-        input.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not isinstance(input, FakeTensor)
-    )
-
-
-def _kept_ratio(sparsity: float) -> tuple[int, int]:
-    """``1 - sparsity`` as numerator and denominator, of the decimal number that ``sparsity`` prints as."""
-    return (1 - Fraction(repr(sparsity))).as_integer_ratio()
-
-
-def _kept(numel: int, ratio: tuple[int, int]) -> int:
-    """``functional.keep_count`` in integers alone, which symbolic sizes of torch.compile pass through."""
-    return -(-numel * ratio[0] // ratio[1])
-
-
-def _select_exactly(tensor: Tensor, ratio: tuple[int, int]) -> Packed:
-    if tensor.numel():
-        threshold = torch.ops.swat_ext.kth_magnitude(tensor, _kept(tensor.numel(), ratio))
-    else:
-        threshold = tensor.new_zeros(())
-    limits = {}
-    if tensor.device.type != "cpu":
-        keep = _kept(tensor.numel(), ratio)
-        limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
-    values, mask = torch.ops.swat_ext.compress(tensor, threshold, **limits)
-    return Packed(values, mask, tensor.shape)

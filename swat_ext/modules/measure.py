@@ -6,6 +6,7 @@ and with it the rounding: ask for "sparse" or "dense" where separate runs must r
 its choices from the checkpoint.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C, ops
+from swat_ext.arguments import padding_of_sides, prefers_channels_last
 from swat_ext.modules.backend import Choice
+from swat_ext.modules.selection import kept
+from swat_ext.modules.shared import has_identity
 
-__all__ = ["Problem", "measured_choice", "recall", "remember", "representative"]
+__all__ = ["Problem", "can_measure", "measured_choice", "problem_of", "recall", "remember", "representative"]
 
 _ROUNDS = 5
 _WARMUPS = {"cpu": 1, "cuda": 2}
@@ -41,6 +45,45 @@ class Problem(NamedTuple):
     weight_keep: int
     activation_keep: int
     backward: bool
+
+
+def can_measure(input: Tensor) -> bool:
+    """Whether kernels can be timed for this input now: not on shapes alone, and not while they are traced."""
+    return input.numel() > 0 and input.device.type in ("cpu", "cuda") and has_identity(input)
+
+
+def problem_of(
+    input: Tensor,
+    weight: Tensor,
+    geometry: tuple[Any, Any, Any, int],
+    weight_ratio: tuple[int, int],
+    activation_ratio: tuple[int, int],
+    *,
+    backward: bool,
+) -> Problem | None:
+    """What to measure for a 4-D input and weight, or None if they do not fit, which the convolution will say.
+
+    Args:
+        geometry: stride, padding, dilation and groups as :func:`torch.nn.functional.conv2d` takes them.
+        weight_ratio, activation_ratio: kept shares, as :func:`kept` takes them.
+    """
+    kernel, strides, dilations = list(weight.shape[2:]), list(geometry[0]), list(geometry[2])
+    paddings = padding_of_sides(geometry[1], kernel, strides, dilations)
+    if min(ops.convolution_size(input.shape, weight.shape, strides, paddings, dilations)) < 1:
+        return None
+    input_size = representative(input.shape, input.device)
+    return Problem(
+        input_size,
+        tuple(weight.shape),
+        (strides[0], strides[1]),
+        tuple(paddings),  # type: ignore[arg-type]
+        (dilations[0], dilations[1]),
+        geometry[3],
+        prefers_channels_last(input, weight),
+        kept(weight.numel(), weight_ratio),
+        kept(math.prod(input_size), activation_ratio),
+        backward,
+    )
 
 
 # By a key of plain values, which a checkpoint can hold.

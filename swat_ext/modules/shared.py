@@ -6,11 +6,13 @@ same tensor object, unchanged, and it dies with it (the graph keeps what the bac
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from swat_ext.functional import Packed
 
-__all__ = ["SharedPack", "attach", "find"]
+__all__ = ["SharedPack", "attach", "find", "has_identity"]
 
 _ATTRIBUTE = "_swat_packed"
 
@@ -36,6 +38,11 @@ class SharedPack(NamedTuple):
     fresh: bool
     threshold: Tensor | None
     remaining: int
+
+
+def has_identity(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for values of its own: not while it is traced."""
+    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def attach(tensor: Tensor, shared: SharedPack) -> None:
