@@ -175,29 +175,34 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
     params.words = reinterpret_cast<uint64_t*>(write<int64_t>(mask));
     params.ranks = write<int64_t>(mask) + cuda::word_count(numel);
     params.kept = write<int64_t>(counters);
-    const Tensor memory = scratch(cuda::mark_scratch(params), input);
+    const Tensor memory = scratch(cuda::compress_scratch(params), input);
     params.scratch = write<void>(memory);
-    check(cuda::mark(params, stream), "compress");
-    int64_t length;
-    if (capacity) {
-      length = *capacity;
-      if (numel > 0) {
-        int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
-        check(cuda::exceeds(params.kept, length, condition, stream), "compress");
-        launch_kth<T>(source, *keep, write<T>(fresh), condition, stream);
-        params.threshold = read<T>(fresh);
-        params.condition = condition;
-        check(cuda::mark(params, stream), "compress");
-        check(cuda::trim(params.words, params.ranks, params.kept, numel, length, stream), "compress");
-      }
-    } else {
-      // Without a capacity the length is only known here: this alone waits for the device, and cannot be captured in a graph.
+    // Without a capacity the length is not known yet: half of the elements have room first.
+    Tensor values = empty({capacity.value_or((numel + 1) / 2)}, input.scalar_type(), input);
+    params.values = write<T>(values);
+    params.capacity = values.numel();
+    check(cuda::compress(params, stream), "compress");
+    if (!capacity) {
+      // This alone waits for the device, and cannot be captured in a graph.
       const Tensor on_host = torch::stable::to(counters, std::nullopt, std::nullopt, torch::stable::Device("cpu"));
-      length = *read<int64_t>(on_host);
+      const int64_t kept = *read<int64_t>(on_host);
+      if (kept <= params.capacity) return {torch::stable::clone(torch::stable::narrow(values, 0, 0, kept)), mask};
+      values = empty({kept}, input.scalar_type(), input);
+      params.values = write<T>(values);
+      params.capacity = kept;
+      check(cuda::compress(params, stream), "compress");
+      return {values, mask};
     }
-    Tensor values = empty({length}, input.scalar_type(), input);
-    check(cuda::collect<T>({params.input, params.words, params.ranks, params.kept, write<T>(values), length}, stream),
-          "compress");
+    if (numel > 0) {
+      int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
+      check(cuda::exceeds(params.kept, *capacity, condition, stream), "compress");
+      launch_kth<T>(source, *keep, write<T>(fresh), condition, stream);
+      params.threshold = read<T>(fresh);
+      params.condition = condition;
+      check(cuda::compress(params, stream), "compress");
+      check(cuda::trim(params.words, params.ranks, params.kept, numel, *capacity, stream), "compress");
+      check(cuda::clear_tail(params.values, params.kept, *capacity, stream), "compress");
+    }
     return {values, mask};
   });
 }

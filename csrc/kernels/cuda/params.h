@@ -44,18 +44,10 @@ struct CompressParams {
   uint64_t* words;
   int64_t* ranks;
   int64_t* kept;  // one number: how many elements are kept
-  void* scratch;
-  const int32_t* condition;
-};
-
-template <typename T>
-struct CollectParams {
-  ImageView<const T> input;
-  const uint64_t* words;
-  const int64_t* ranks;
-  const int64_t* kept;
   T* values;
-  int64_t capacity;
+  int64_t capacity;  // elements of `values`; 0: the mask alone
+  void* scratch;
+  const int32_t* condition;  // run only where this is not 0; null: always
 };
 
 template <typename T>

@@ -11,6 +11,7 @@
 // kernel is a name in parentheses where it has template arguments.
 #define SWAT_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define SWAT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define SWAT_GIVE_WAY()  // threads of a GPU need no turn to go on
 #endif
 
 #if defined(__CUDACC__) || defined(SWAT_EMULATE_CUDA)
