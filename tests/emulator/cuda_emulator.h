@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests where no GPU is at hand: one block after the other, each thread of it a coroutine.
 //
 // Threads give way at __syncthreads, at warp-wide instructions and where they wait for another block's word (SWAT_GIVE_WAY) alone,
-// in an order that a seed shuffles, so that a kernel that leans on an order, or that misses a barrier between one thread's write and another's read, is likely to be seen. Dynamic shared
-// memory starts as NaN bytes. A barrier that not every thread reaches aborts. What cannot be seen: memory order between blocks
-// that run at the same time, and speed.
+// in an order that a seed shuffles, so that a kernel that leans on an order, or that misses a barrier between one thread's write
+// and another's read, is likely to be seen. Dynamic shared memory starts as NaN bytes. A barrier that not every thread reaches
+// aborts. What cannot be seen: memory order between blocks that run at the same time, and speed.
 #pragma once
 
 #include <cstddef>

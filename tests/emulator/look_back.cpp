@@ -1,5 +1,5 @@
-// look_back alone, with tiles that run at the same time: the emulator runs one block after the other, so here each warp of one block
-// is a tile.
+// look_back alone, with tiles that run at the same time: the emulator runs one block after the other, so here each warp of one
+// block is a tile.
 #include "kernels/cuda/look_back.cuh"
 
 #include <torch/csrc/stable/library.h>
