@@ -25,6 +25,7 @@ RUNTIME = ["runtime.cpp"]
 # CUDA kernels, and the operators over them; the kernels are torch-free and need nvcc, the operators only its headers.
 CUDA_KERNELS = [
     "kernels/cuda/compress.cu",
+    "kernels/cuda/compress_planes.cu",
     "kernels/cuda/convolution.cu",
     "kernels/cuda/decompress.cu",
     "kernels/cuda/magnitude.cu",

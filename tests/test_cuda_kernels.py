@@ -119,6 +119,63 @@ def test_capacity(
                 assert (input[kept].abs() >= limit).all()
 
 
+_TILES = {
+    "runs": ((3, 1, 100, 101), torch.contiguous_format),
+    "whole runs": ((1, 1, 32, 1024), torch.contiguous_format),
+    "planes": ((1, 20, 57, 55), torch.channels_last),
+    "planes of sectors that tiles share": ((2, 13, 29, 28), torch.channels_last),
+    "small planes": ((3, 601, 1, 3), torch.channels_last),
+    "two passes": ((1, 17, 65, 64), torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", _TILES)
+def test_tiles(kernels: Kernels, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Several tiles, kept values that fit in shared memory and that do not; with a capacity and without."""
+    size, memory_format = _TILES[name]
+    input = torch.randn(size, generator=generator).to(dtype)
+    input.view(-1)[5::1000] = torch.nan
+    input[:, 0] = 0
+    input = input.to(kernels.device).contiguous(memory_format=memory_format)
+    for threshold in (0.0, 1.3, 9.0):
+        limit = torch.tensor(threshold, dtype=dtype, device=kernels.device)
+        expected = reference.compress(input, threshold)
+        kept = expected.values.numel()
+        got = [kernels.ops.compress(input, limit)]
+        for capacity in {max(kept, 1), input.numel()}:
+            got.append(kernels.ops.compress(input, limit, keep=capacity, capacity=capacity))
+        for values, mask in got:
+            assert_identical(mask, expected.mask, f"mask, threshold {threshold}")
+            assert torch.equal(values[:kept].nan_to_num(7), expected.values.nan_to_num(7))
+            assert not values[kept:].any()
+    # Ties beyond the capacity: the last of them in logical order go.
+    ties = torch.full_like(input, -0.5)
+    capacity = ties.numel() * 2 // 3 + 1
+    values, mask = kernels.ops.compress(ties, torch.zeros_like(limit), keep=capacity, capacity=capacity)
+    assert (values == -0.5).all()
+    dense = kernels.ops.decompress(values, mask, size, False).view(-1)
+    assert dense[:capacity].all()
+    assert not dense[capacity:].any()
+
+
+@pytest.mark.parametrize("first", [0, 1, 31, 32, 33, 200])
+@pytest.mark.parametrize("count", [1, 7, 32])
+def test_look_back(first: int, count: int, generator: torch.Generator) -> None:
+    """The sum over earlier tiles: known in full, known tile by tile, and not yet known, when a tile has to wait."""
+    emulator.load()
+    own = torch.randint(0, 10000, (first + count,), generator=generator)
+    before = own.cumsum(0) - own
+    for complete in (0.0, 0.02, 1.0):
+        states = torch.zeros(first + count, dtype=torch.int64)
+        full = torch.rand(first, generator=generator) < complete
+        full[:1] = True  # the first tile has none before it
+        states[:first] = torch.where(full, (before + own)[:first] * 4 + 2, own[:first] * 4 + 1)
+        got = torch.ops.swat_ext_emulated.look_back(states, own[first:], first)
+        assert_identical(got, before[first:], f"sums, {complete} complete")
+        assert_identical(states[first:], (before + own)[first:] * 4 + 2, "states left")
+
+
 def _relative(got: Tensor, expected: Tensor) -> float:
     difference = (got.cpu().double() - expected).norm().item()
     return difference / expected.norm().item() if difference else 0.0

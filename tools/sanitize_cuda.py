@@ -26,6 +26,8 @@ def main() -> None:
                     output, *packed_input, input.shape, weight.shape, *geometry, allow_tf32=tf32
                 )  # fmt: skip
             ops.decompress(*packed_input, input.shape, channels_last)
+        large = torch.randn(1, 20, 57, 64, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+        ops.compress(large, stale, keep=large.numel() // 10, capacity=large.numel() // 8)
     torch.cuda.synchronize()
 
 

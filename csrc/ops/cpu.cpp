@@ -11,7 +11,7 @@
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
 #include "../kernels/cpu/pages.h"
-#include "checks.h"
+#include "convolution_checks.h"
 #include "library.h"
 
 namespace swat {
@@ -42,7 +42,7 @@ Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
 }
 
 template <typename T, typename Data>
-cpu::ImageView<T> image(const Tensor& tensor, Data* data) {
+ImageView<T> image(const Tensor& tensor, Data* data) {
   return {.data = data,
           .batch = tensor.size(0),
           .channels = tensor.size(1),
@@ -54,11 +54,11 @@ cpu::ImageView<T> image(const Tensor& tensor, Data* data) {
           .column_stride = tensor.stride(3)};
 }
 template <typename T>
-cpu::ImageView<const T> read_image(const Tensor& tensor) {
+ImageView<const T> read_image(const Tensor& tensor) {
   return image<const T>(tensor, tensor.const_data_ptr<T>());
 }
 template <typename T>
-cpu::ImageView<T> write_image(const Tensor& tensor) {
+ImageView<T> write_image(const Tensor& tensor) {
   return image<T>(tensor, tensor.mutable_data_ptr<T>());
 }
 
@@ -192,15 +192,10 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
               const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
               const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("input", input, [&]<typename T>() {
-    const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
-    check_same_dtype("weight_values", weight_values, input);
-    check_packed("weight", weight_values, weight_mask, weight.numel());
+    const ConvGeometry g =
+        check_conv2d(input, weight, bias, weight_values, weight_mask, stride, padding, dilation, groups, check_packed);
     std::optional<Tensor> offsets;
-    if (bias) {
-      check_same_dtype("bias", *bias, input);
-      check_size("bias", sizes(*bias), {g.out_channels});
-      offsets = torch::stable::contiguous(*bias);
-    }
+    if (bias) offsets = torch::stable::contiguous(*bias);
     Tensor output = empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), channels_last);
     cpu::convolution<T>(cpu::active(), torch_threads(), g, read_image<T>(input),
                         packed<T>(weight_values, weight_mask, weight.numel()),
@@ -213,10 +208,8 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
                          const Ints& weight_size, const Ints& input_size, const Ints& stride, const Ints& padding,
                          const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-    check_same_dtype("weight_values", weight_values, grad_output);
-    check_packed("weight", weight_values, weight_mask, product(weight_size));
-    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const ConvGeometry g = check_conv2d_grad(grad_output, "weight", weight_values, weight_mask, weight_size, input_size,
+                                             weight_size, stride, padding, dilation, groups, check_packed);
     Tensor grad_input = empty(input_size, grad_output.scalar_type(), channels_last);
     cpu::convolution_input_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
                                    packed<T>(weight_values, weight_mask, product(weight_size)),
@@ -229,10 +222,8 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values,
                           const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
                           const Ints& dilation, int64_t groups, bool /*allow_tf32*/) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-    check_same_dtype("input_values", input_values, grad_output);
-    check_packed("input", input_values, input_mask, product(input_size));
-    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const ConvGeometry g = check_conv2d_grad(grad_output, "input", input_values, input_mask, input_size, input_size,
+                                             weight_size, stride, padding, dilation, groups, check_packed);
     Tensor grad_weight = empty(weight_size, grad_output.scalar_type());
     cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
                                     packed<T>(input_values, input_mask, product(input_size)),

@@ -13,7 +13,7 @@
 
 #include "../kernels/cuda/bits.h"
 #include "../kernels/cuda/launchers.h"
-#include "checks.h"
+#include "convolution_checks.h"
 #include "library.h"
 
 // tests/emulator builds this file with kernels that run on the CPU, to check it where no GPU is at hand.
@@ -76,11 +76,6 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
   }
 }
 
-void check_same_device(const char* name, const Tensor& tensor, const Tensor& reference) {
-  STD_TORCH_CHECK(tensor.device() == reference.device(), name,
-                  ": expected the device of the other arguments, got another");
-}
-
 Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
   return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -100,7 +95,7 @@ T* write(const Tensor& tensor) {
 
 // Up to four dimensions, leading ones added.
 template <typename T>
-cuda::ImageView<T> image(const Tensor& tensor, T* data) {
+ImageView<T> image(const Tensor& tensor, T* data) {
   int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
   const int64_t lead = 4 - tensor.dim();
   for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -110,11 +105,11 @@ cuda::ImageView<T> image(const Tensor& tensor, T* data) {
   return {data, size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
 }
 template <typename T>
-cuda::ImageView<const T> read_image(const Tensor& tensor) {
+ImageView<const T> read_image(const Tensor& tensor) {
   return image<const T>(tensor, read<T>(tensor));
 }
 template <typename T>
-cuda::ImageView<T> write_image(const Tensor& tensor) {
+ImageView<T> write_image(const Tensor& tensor) {
   return image<T>(tensor, write<T>(tensor));
 }
 
@@ -123,12 +118,6 @@ cuda::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t num
   const int64_t* words = read<int64_t>(mask);
   return {read<T>(values), reinterpret_cast<const uint64_t*>(words), words + cuda::word_count(numel), numel,
           values.numel()};
-}
-
-cuda::ConvGeometry geometry(const cpu::ConvGeometry& g) {
-  return {g.batch,           g.groups,         g.in_channels,   g.in_height,    g.in_width,      g.out_channels,
-          g.out_height,      g.out_width,      g.kernel_height, g.kernel_width, g.stride_height, g.stride_width,
-          g.dilation_height, g.dilation_width, g.pad_top,       g.pad_left};
 }
 
 // Launch the selection of the k-th magnitude of any tensor, where *condition is not 0.
@@ -175,29 +164,34 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
     params.words = reinterpret_cast<uint64_t*>(write<int64_t>(mask));
     params.ranks = write<int64_t>(mask) + cuda::word_count(numel);
     params.kept = write<int64_t>(counters);
-    const Tensor memory = scratch(cuda::mark_scratch(params), input);
+    const Tensor memory = scratch(cuda::compress_scratch(params), input);
     params.scratch = write<void>(memory);
-    check(cuda::mark(params, stream), "compress");
-    int64_t length;
-    if (capacity) {
-      length = *capacity;
-      if (numel > 0) {
-        int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
-        check(cuda::exceeds(params.kept, length, condition, stream), "compress");
-        launch_kth<T>(source, *keep, write<T>(fresh), condition, stream);
-        params.threshold = read<T>(fresh);
-        params.condition = condition;
-        check(cuda::mark(params, stream), "compress");
-        check(cuda::trim(params.words, params.ranks, params.kept, numel, length, stream), "compress");
-      }
-    } else {
-      // Without a capacity the length is only known here: this alone waits for the device, and cannot be captured in a graph.
+    // Without a capacity the length is not known yet: half of the elements have room first.
+    Tensor values = empty({capacity.value_or((numel + 1) / 2)}, input.scalar_type(), input);
+    params.values = write<T>(values);
+    params.capacity = values.numel();
+    check(cuda::compress(params, stream), "compress");
+    if (!capacity) {
+      // This alone waits for the device, and cannot be captured in a graph.
       const Tensor on_host = torch::stable::to(counters, std::nullopt, std::nullopt, torch::stable::Device("cpu"));
-      length = *read<int64_t>(on_host);
+      const int64_t kept = *read<int64_t>(on_host);
+      if (kept <= params.capacity) return {torch::stable::clone(torch::stable::narrow(values, 0, 0, kept)), mask};
+      values = empty({kept}, input.scalar_type(), input);
+      params.values = write<T>(values);
+      params.capacity = kept;
+      check(cuda::compress(params, stream), "compress");
+      return {values, mask};
     }
-    Tensor values = empty({length}, input.scalar_type(), input);
-    check(cuda::collect<T>({params.input, params.words, params.ranks, params.kept, write<T>(values), length}, stream),
-          "compress");
+    if (numel > 0) {
+      int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
+      check(cuda::exceeds(params.kept, *capacity, condition, stream), "compress");
+      launch_kth<T>(source, *keep, write<T>(fresh), condition, stream);
+      params.threshold = read<T>(fresh);
+      params.condition = condition;
+      check(cuda::compress(params, stream), "compress");
+      check(cuda::trim(params.words, params.ranks, params.kept, numel, *capacity, stream), "compress");
+      check(cuda::clear_tail(params.values, params.kept, *capacity, stream), "compress");
+    }
     return {values, mask};
   });
 }
@@ -211,8 +205,8 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
                     to_string(size));
     const OnDevice device(values);
     Tensor output = empty(size, values.scalar_type(), values, channels_last);
-    const auto view = channels_last ? write_image<T>(output)
-                                    : cuda::ImageView<T>{write<T>(output), 1, 1, 1, numel, numel, numel, numel, 1};
+    const auto view =
+        channels_last ? write_image<T>(output) : ImageView<T>{write<T>(output), 1, 1, 1, numel, numel, numel, numel, 1};
     check(cuda::decompress<T>({packed<T>(values, mask, numel), view}, device.stream()), "decompress");
     return output;
   });
@@ -223,22 +217,14 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
               const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
               const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("input", input, [&]<typename T>() {
-    const auto g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
-    check_same_dtype("weight_values", weight_values, input);
-    check_same_device("weight_values", weight_values, input);
-    check_same_device("weight_mask", weight_mask, input);
-    check_packed_layout("weight", weight_values, weight_mask, weight.numel());
+    const ConvGeometry g = check_conv2d(input, weight, bias, weight_values, weight_mask, stride, padding, dilation,
+                                        groups, check_packed_layout);
     std::optional<Tensor> offsets;
-    if (bias) {
-      check_same_dtype("bias", *bias, input);
-      check_same_device("bias", *bias, input);
-      check_size("bias", sizes(*bias), {g.out_channels});
-      offsets = torch::stable::contiguous(*bias);
-    }
+    if (bias) offsets = torch::stable::contiguous(*bias);
     const OnDevice device(input);
     Tensor output =
         empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), input, channels_last);
-    cuda::ConvolutionParams<T> params{geometry(g),
+    cuda::ConvolutionParams<T> params{g,
                                       read_image<T>(input),
                                       packed<T>(weight_values, weight_mask, weight.numel()),
                                       offsets ? read<T>(*offsets) : nullptr,
@@ -255,15 +241,11 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
                          const Ints& weight_size, const Ints& input_size, const Ints& stride, const Ints& padding,
                          const Ints& dilation, int64_t groups, bool channels_last) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-    check_same_dtype("weight_values", weight_values, grad_output);
-    check_same_device("weight_values", weight_values, grad_output);
-    check_same_device("weight_mask", weight_mask, grad_output);
-    check_packed_layout("weight", weight_values, weight_mask, product(weight_size));
-    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const ConvGeometry g = check_conv2d_grad(grad_output, "weight", weight_values, weight_mask, weight_size, input_size,
+                                             weight_size, stride, padding, dilation, groups, check_packed_layout);
     const OnDevice device(grad_output);
     Tensor grad_input = empty(input_size, grad_output.scalar_type(), grad_output, channels_last);
-    cuda::InputGradParams<T> params{geometry(g), read_image<T>(grad_output),
+    cuda::InputGradParams<T> params{g, read_image<T>(grad_output),
                                     packed<T>(weight_values, weight_mask, product(weight_size)),
                                     write_image<T>(grad_input), nullptr};
     const Tensor memory = scratch(cuda::convolution_input_grad_scratch(params), grad_output);
@@ -277,15 +259,11 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values,
                           const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
                           const Ints& dilation, int64_t groups, bool allow_tf32) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const auto g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-    check_same_dtype("input_values", input_values, grad_output);
-    check_same_device("input_values", input_values, grad_output);
-    check_same_device("input_mask", input_mask, grad_output);
-    check_packed_layout("input", input_values, input_mask, product(input_size));
-    check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
+    const ConvGeometry g = check_conv2d_grad(grad_output, "input", input_values, input_mask, input_size, input_size,
+                                             weight_size, stride, padding, dilation, groups, check_packed_layout);
     const OnDevice device(grad_output);
     Tensor grad_weight = empty(weight_size, grad_output.scalar_type(), grad_output);
-    cuda::WeightGradParams<T> params{geometry(g),
+    cuda::WeightGradParams<T> params{g,
                                      read_image<T>(grad_output),
                                      packed<T>(input_values, input_mask, product(input_size)),
                                      write<T>(grad_weight),

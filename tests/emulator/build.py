@@ -24,7 +24,7 @@ def load() -> None:
     """Build what changed and register the operators; raises RuntimeError with the compiler's words if that fails."""
     sources = runpy.run_path(str(_CSRC / "sources.py"))
     files = [_CSRC / name for name in (*sources["CUDA_KERNELS"], *sources["CUDA_OPS"], "ops/schemas.cpp")]
-    files.append(_HERE / "cuda_emulator.cpp")
+    files += [_HERE / "cuda_emulator.cpp", _HERE / "look_back.cpp"]
     headers = [path for folder in (_CSRC, _HERE) for path in folder.rglob("*.*h")]
     newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
     _BUILD.mkdir(parents=True, exist_ok=True)

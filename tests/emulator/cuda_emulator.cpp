@@ -200,6 +200,14 @@ unsigned char* dynamic_shared() {
 
 int lane() { return current % kWarp; }
 
+// To another warp, as the rest of this one may only wait for the caller.
+void give_way() {
+  for (int i = 1; i < count; ++i) {
+    const int next = order[(place[current] + i) % count];
+    if (!threads[next].done && next / kWarp != current / kWarp) return give_turn(next);
+  }
+}
+
 void block_barrier() {
   if (++arrived == live) {
     release_block();

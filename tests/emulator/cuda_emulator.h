@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests where no GPU is at hand: one block after the other, each thread of it a coroutine.
 //
-// Threads give way at __syncthreads and at warp-wide instructions alone, in an order that a seed shuffles, so that a kernel that
-// leans on an order, or that misses a barrier between one thread's write and another's read, is likely to be seen. Dynamic shared
-// memory starts as NaN bytes. A barrier that not every thread reaches aborts. What cannot be seen: memory order between blocks
-// that run at the same time, and speed.
+// Threads give way at __syncthreads, at warp-wide instructions and where they wait for another block's word (SWAT_GIVE_WAY) alone,
+// in an order that a seed shuffles, so that a kernel that leans on an order, or that misses a barrier between one thread's write
+// and another's read, is likely to be seen. Dynamic shared memory starts as NaN bytes. A barrier that not every thread reaches
+// aborts. What cannot be seen: memory order between blocks that run at the same time, and speed.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +38,7 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 unsigned char* dynamic_shared();
 void block_barrier();
+void give_way();
 // Gives every lane of the warp what each of them passed; valid until the lane's next exchange.
 const uint64_t* exchange(uint64_t value);
 int lane();
@@ -66,6 +67,7 @@ V unpack(uint64_t bits) {
 #define SWAT_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ((void)(stream), cuda_emulator::launch(dim3(grid), dim3(block), shared, [=] { kernel(__VA_ARGS__); }))
 #define SWAT_DYNAMIC_SHARED(name) unsigned char* const name = cuda_emulator::dynamic_shared()
+#define SWAT_GIVE_WAY() cuda_emulator::give_way()
 
 inline void __syncthreads() { cuda_emulator::block_barrier(); }
 inline void __syncwarp() { cuda_emulator::exchange(0); }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../image.h"
+
 namespace swat::cpu {
 
 // a / b rounded up, for a >= 0 and b > 0.
@@ -45,28 +47,8 @@ inline constexpr int kMagnitudeDigits = 1 << kMagnitudeDigitBits;
 
 // ---- Convolution ------------------------------------------------------------------------------------------------------------
 
-// A dense [N, C, H, W] image with any strides.
-template <typename T>
-struct ImageView {
-  T* data;
-  int64_t batch, channels, height, width;
-  int64_t batch_stride, channel_stride, row_stride, column_stride;
-};
-
-// A convolution's geometry: what nn.Conv2d takes, with the leading padding of each axis (the output size implies the trailing).
-struct ConvGeometry {
-  int64_t batch, groups;
-  int64_t in_channels, in_height, in_width;
-  int64_t out_channels, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width;
-  int64_t dilation_height, dilation_width;
-  int64_t pad_top, pad_left;
-
-  int64_t taps() const { return kernel_height * kernel_width; }
-  int64_t group_in() const { return in_channels / groups; }
-  int64_t group_out() const { return out_channels / groups; }
-};
+using swat::ConvGeometry;
+using swat::ImageView;
 
 // One non-zero weight as the gather kernel walks it.
 template <typename T>

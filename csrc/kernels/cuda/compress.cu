@@ -1,108 +1,276 @@
-// From a tensor to its packed form, in steps: bits, counts of each 1024, their prefix sums, values.
+// From a tensor to its packed form in one pass: a block reads a tile, keeps its bits and kept values in shared memory, learns from
+// the tiles before it how many elements they keep (look_back.cuh), and writes. compress_plan.h says what a tile is.
 //
-// Contiguous tensors: a warp owns 1024 elements, reads them 32 at a time, and a ballot is 32 bits of the bitmap. Channels last: a
-// lane owns a channel, so that 32 lanes read 32 neighbours, and collects the bits of 32 pixels; those lie across words of the
-// bitmap where the image is no multiple of 32, and are then joined with an integer atomic, whose order cannot be seen.
-#include "bits.h"
+// Contiguous and strided tensors: a warp reads 1024 elements, 32 at a time, and a ballot is 32 bits of the bitmap. Channels last: a
+// lane reads 32 pixels of a channel, its neighbours read the channels beside it.
+#include "compress_plan.h"
+#include "compress_planes.h"
 #include "launchers.h"
-#include "layout.h"
-#include "scan.cuh"
+#include "look_back.cuh"
 
 namespace swat::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr uint16_t kNotStaged = 0xffff;  // as a place
 
-__device__ inline int64_t warp_of_grid() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
+// A tile, and what its block holds of it in shared memory. Half h has the bits of logical elements 32 * (first_half + h) and on.
+template <typename T>
+struct Tile {
+  int64_t begin;   // logical index
+  int64_t offset;  // in memory, of a tile of planes
+  int elements;
+  int channels, pixels, runs;  // of a tile of planes
+  int shift;                   // of `begin` in its half
+  T* staged;                   // kept values: in logical order within 1024, or at each unit's place
+  uint32_t* halves;
+  int32_t* before;  // kept in the tile before each half
+  uint16_t* places;
 
-// 32 channels times 32 pixels, seen by a warp of the channels_last kernels: its lane's channel, and where its pixels are.
-struct ChannelRun {
-  bool exists;
-  int64_t index;   // logical index of the first pixel
-  int64_t offset;  // in memory
-  int pixels;      // 1..32
+  SWAT_HOST_DEVICE int64_t first_half() const { return begin / 32; }
+  SWAT_HOST_DEVICE int used_halves() const { return (shift + elements + 31) / 32; }
 };
 
-template <typename T>
-__device__ inline ChannelRun channel_run(const ImageView<T>& image, int64_t pixel_step, int64_t unit) {
-  const int64_t pixels = image.height * image.width;
-  const int64_t runs = ceil_div(pixels, 32), slabs = ceil_div(image.channels, kWarp);
-  // Neighbouring warps take neighbouring channels, so that what they read lies together.
-  const int64_t channel = unit % slabs * kWarp + lane_id(), run = unit / slabs % runs, sample = unit / slabs / runs;
-  ChannelRun found;
-  found.exists = sample < image.batch && channel < image.channels;
-  found.index = (sample * image.channels + channel) * pixels + run * 32;
-  found.offset = sample * image.batch_stride + channel + run * 32 * pixel_step;
-  const int64_t left = pixels - run * 32;
-  found.pixels = static_cast<int>(left < 32 ? left : 32);
-  return found;
+template <typename T, Layout kLayout>
+__device__ inline Tile<T> tile_at(const ImageView<const T>& input, const PackPlan& plan, int64_t number,
+                                  unsigned char* shared) {
+  Tile<T> tile{};
+  if constexpr (kLayout == Layout::channels_last) {
+    const int64_t sample = number / plan.slabs, channel = number % plan.slabs * plan.tile_channels;
+    const int64_t left = input.channels - channel;
+    tile.pixels = static_cast<int>(input.height * input.width);
+    tile.runs = (tile.pixels + 31) / 32;
+    tile.channels = left < plan.tile_channels ? static_cast<int>(left) : plan.tile_channels;
+    tile.elements = tile.channels * tile.pixels;
+    tile.begin = (sample * input.channels + channel) * tile.pixels;
+    tile.offset = sample * input.batch_stride + channel;
+  } else {
+    tile.begin = number * plan.tile_elements;
+    const int64_t left = input.numel() - tile.begin;
+    tile.elements = left < plan.tile_elements ? static_cast<int>(left) : plan.tile_elements;
+  }
+  tile.shift = static_cast<int>(tile.begin % 32);
+  tile.staged = reinterpret_cast<T*>(shared);
+  tile.halves = reinterpret_cast<uint32_t*>(tile.staged + plan.staged);
+  tile.before = reinterpret_cast<int32_t*>(tile.halves + plan.halves);
+  tile.places = reinterpret_cast<uint16_t*>(tile.before + plan.halves);
+  return tile;
 }
 
-template <typename T>
-int64_t channel_units(const ImageView<T>& image) {
-  return image.batch * ceil_div(image.height * image.width, 32) * ceil_div(image.channels, kWarp);
-}
-
+// Bits and kept values of a run of elements: 1024 at a time, which have room for all of them.
 template <typename T, bool kStrided>
-__global__ void __launch_bounds__(kThreads) mark_blocks(ImageView<const T> input, int64_t numel, const T* threshold,
-                                                        uint32_t* halves, const int32_t* condition) {
-  if (skipped(condition)) return;
-  const int64_t block = warp_of_grid();
-  if (block * kBlockBits >= numel) return;
-  const Compute<T> limit = load(*threshold);
-  uint32_t mine = 0;
-#pragma unroll 8
-  for (int i = 0; i < kBlockHalves; ++i) {
-    const int64_t index = block * kBlockBits + i * 32 + lane_id();
-    const bool kept = index < numel && keeps(input.data[kStrided ? offset_of(input, index) : index], limit);
-    const uint32_t bits = __ballot_sync(kAllLanes, kept);
-    if (lane_id() == i) mine = bits;
+__device__ inline void read_run(const Tile<T>& tile, const ImageView<const T>& input, Compute<T> limit, bool staging) {
+  constexpr int kBatch = sizeof(T) > 4 ? kBlockHalves / 2 : kBlockHalves;  // values of a lane in registers
+  for (int first = threadIdx.x / kWarp * kBlockBits; first < tile.elements; first += kPackWarps * kBlockBits) {
+    uint32_t mine = 0;
+    T* to = tile.staged + first;
+    for (int done = 0; done < kBlockHalves; done += kBatch) {
+      T values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = first + (done + i) * 32 + lane_id();
+        const int64_t index = tile.begin + at;
+        values[i] = at < tile.elements ? input.data[kStrided ? offset_of(input, index) : index] : from_bits<T>(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool kept = keeps(values[i], limit);
+        const uint32_t bits = __ballot_sync(kAllLanes, kept);
+        if (lane_id() == done + i) mine = bits;
+        if (kept && staging) to[count_bits(bits & low_bits(lane_id()))] = values[i];
+        to += count_bits(bits);
+      }
+    }
+    tile.halves[first / 32 + lane_id()] = mine;
   }
-  const int64_t half = block * kBlockHalves + lane_id();
-  if (half < 2 * word_count(numel)) halves[half] = mine;
+}
+
+// Bits and kept values of planes. Places are given in the order in which warps come: where a value waits cannot be seen.
+template <typename T>
+__device__ inline void read_planes(const Tile<T>& tile, const PackPlan& plan, const ImageView<const T>& input,
+                                   int64_t pixel_step, Compute<T> limit, bool staging, uint32_t* taken) {
+  const int units = tile.channels * tile.runs;
+  for (int first = threadIdx.x / kWarp * kWarp; first < units; first += kPackThreads) {
+    const int unit = first + lane_id(), channel = unit % tile.channels, run = unit / tile.channels;
+    const int left = tile.pixels - run * 32, length = unit >= units ? 0 : left < 32 ? left : 32;
+    const T* const from = input.data + tile.offset + channel + run * 32 * pixel_step;
+    T values[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) values[i] = i < length ? from[i * pixel_step] : from_bits<T>(0);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) bits |= keeps(values[i], limit) ? 1u << i : 0;
+    const int position = tile.shift + channel * tile.pixels + run * 32, shift = position % 32;
+    if (bits << shift != 0) atomicOr(&tile.halves[position / 32], bits << shift);
+    if (shift != 0 && bits >> (32 - shift) != 0) atomicOr(&tile.halves[position / 32 + 1], bits >> (32 - shift));
+    if (!staging) continue;
+    const int count = count_bits(bits), before = warp_exclusive(count);
+    uint32_t start = 0;
+    if (lane_id() == kWarp - 1) start = atomicAdd(taken, static_cast<uint32_t>(before + count));
+    int place = static_cast<int>(__shfl_sync(kAllLanes, start, kWarp - 1)) + before;
+    const bool fits = place + count <= plan.staged;
+    if (unit < units) tile.places[channel * tile.runs + run] = fits ? static_cast<uint16_t>(place) : kNotStaged;
+    if (!fits) continue;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (bits >> i & 1) tile.staged[place++] = values[i];
+    }
+  }
+}
+
+// Fills `before`; returns what the tile keeps. Every thread calls it.
+template <typename T>
+__device__ inline int count_tile(const Tile<T>& tile, int* shared) {
+  const int halves = tile.used_halves(), each = (halves + kPackThreads - 1) / kPackThreads;
+  const int begin = static_cast<int>(threadIdx.x) * each, end = begin + each < halves ? begin + each : halves;
+  int sum = 0, total;
+  for (int h = begin; h < end; ++h) sum += count_bits(tile.halves[h]);
+  int before = block_exclusive(sum, shared, &total);
+  for (int h = begin; h < end; ++h) {
+    tile.before[h] = before;
+    before += count_bits(tile.halves[h]);
+  }
+  return total;
+}
+
+// The bitmap and the rank directory. A word that two tiles share was cleared, and is joined by an integer atomic.
+template <typename T>
+__device__ inline void write_mask(const Tile<T>& tile, int64_t rank, bool last, uint64_t* words, int64_t* ranks) {
+  uint32_t* const to = reinterpret_cast<uint32_t*>(words) + tile.first_half();
+  const int halves = tile.used_halves(), end = tile.shift + tile.elements;
+  for (int h = threadIdx.x; h < halves; h += kPackThreads) {
+    if ((h == 0 && tile.shift != 0) || (h == halves - 1 && end % 32 != 0 && !last)) {
+      if (tile.halves[h] != 0) atomicOr(&to[h], tile.halves[h]);
+    } else {
+      to[h] = tile.halves[h];
+    }
+  }
+  if (last && threadIdx.x == 0 && (tile.first_half() + halves) % 2 != 0) to[halves] = 0;
+  const int64_t stop = tile.begin + tile.elements;
+  for (int64_t b = ceil_div(tile.begin, kBlockBits) + threadIdx.x; b * kBlockBits < stop; b += kPackThreads) {
+    ranks[b] = rank + tile.before[b * kBlockHalves - tile.first_half()];
+  }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    mark_channels(ImageView<const T> input, int64_t pixel_step, const T* threshold, uint32_t* halves,
-                  const int32_t* condition) {
-  if (skipped(condition)) return;
-  const ChannelRun run = channel_run(input, pixel_step, warp_of_grid());
-  if (!run.exists) return;
-  const Compute<T> limit = load(*threshold);
-  uint32_t bits = 0;
-#pragma unroll 8
-  for (int i = 0; i < 32; ++i) {
-    if (i < run.pixels && keeps(input.data[run.offset + i * pixel_step], limit)) bits |= 1u << i;
+__device__ inline void write_run(const Tile<T>& tile, int total, int64_t rank, T* values, int64_t capacity) {
+  const int halves = tile.used_halves();
+  for (int first = threadIdx.x / kWarp * kBlockBits; first < tile.elements; first += kPackWarps * kBlockBits) {
+    const int half = first / 32, before = tile.before[half];
+    const int count = (half + kBlockHalves < halves ? tile.before[half + kBlockHalves] : total) - before;
+    for (int i = lane_id(); i < count; i += kWarp) {
+      if (rank + before + i < capacity) values[rank + before + i] = tile.staged[first + i];
+    }
   }
-  const int64_t half = run.index / 32;
-  const int shift = static_cast<int>(run.index % 32);
-  if (bits << shift != 0) atomicOr(&halves[half], bits << shift);
-  if (shift != 0 && bits >> (32 - shift) != 0) atomicOr(&halves[half + 1], bits >> (32 - shift));
 }
 
-__global__ void __launch_bounds__(kThreads) clear_bits(uint32_t* halves, int64_t count, const int32_t* condition) {
-  if (skipped(condition)) return;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (at < count) halves[at] = 0;
+// A warp takes 32 units that follow each other in logical order, and its lanes write neighbours: each finds the unit that its value
+// comes from by bisection.
+template <typename T>
+__device__ inline void write_planes(const Tile<T>& tile, const ImageView<const T>& input, int64_t pixel_step,
+                                    int64_t rank, T* values, int64_t capacity) {
+  const int units = tile.channels * tile.runs;
+  for (int first = threadIdx.x / kWarp * kWarp; first < units; first += kPackThreads) {
+    const int unit = first + lane_id();
+    uint32_t bits = 0;
+    int place = 0, offset = 0;  // kept in the tile before the unit
+    if (unit < units) {
+      const int run = unit % tile.runs, left = tile.pixels - run * 32;
+      const int position = tile.shift + unit / tile.runs * tile.pixels + run * 32, half = position / 32,
+                shift = position % 32;
+      bits = tile.halves[half] >> shift;
+      if (shift != 0) bits |= tile.halves[half + 1] << (32 - shift);
+      bits &= low_bits(left);
+      place = tile.places[unit];
+      offset = tile.before[half] + count_bits(tile.halves[half] & low_bits(shift));
+    }
+    const int count = count_bits(bits), before = warp_exclusive(count);
+    const int total = __shfl_sync(kAllLanes, before + count, kWarp - 1);
+    const int64_t start = rank + __shfl_sync(kAllLanes, offset, 0);
+    for (int done = 0; done < total; done += kWarp) {
+      const int at = done + lane_id();
+      int from = 0;  // the last lane whose values start at or before `at`
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        if (__shfl_sync(kAllLanes, before, from + step) <= at) from += step;
+      }
+      const int within = at - __shfl_sync(kAllLanes, before, from), its_place = __shfl_sync(kAllLanes, place, from);
+      uint32_t its_bits = __shfl_sync(kAllLanes, bits, from);
+      if (at >= total || start + at >= capacity) continue;
+      if (its_place != kNotStaged) {
+        values[start + at] = tile.staged[its_place + within];
+      } else {
+        for (int i = 0; i < within; ++i) its_bits &= its_bits - 1;
+        const int pixel = (first + from) % tile.runs * 32 + count_bits(~its_bits & (its_bits - 1));
+        values[start + at] = input.data[tile.offset + (first + from) / tile.runs + pixel * pixel_step];
+      }
+    }
+  }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    count_blocks(const uint32_t* halves, int64_t numel, int64_t* counts, const int32_t* condition) {
-  if (skipped(condition)) return;
-  const int64_t block = warp_of_grid();
-  if (block * kBlockBits >= numel) return;
-  const int64_t half = block * kBlockHalves + lane_id();
-  const int count = warp_sum(half < 2 * word_count(numel) ? count_bits(halves[half]) : 0);
-  if (lane_id() == 0) counts[block] = count;
+// No tile is begun or known, and words that tiles share are clear.
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads) prepare_tiles(CompressParams<T> p, PackPlan plan) {
+  if (skipped(p.condition)) return;
+  uint64_t* const scratch = static_cast<uint64_t*>(p.scratch);
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  if (number == 0) scratch[0] = 0;
+  if (number >= plan.tiles) return;
+  scratch[1 + number] = kUnknown;
+  if (plan.layout != Layout::channels_last) return;
+  const int64_t begin = (number / plan.slabs * p.input.channels + number % plan.slabs * plan.tile_channels) *
+                        p.input.height * p.input.width;
+  if (begin % 32 != 0) reinterpret_cast<uint32_t*>(p.words)[begin / 32] = 0;
+}
+
+template <typename T, Layout kLayout>
+__global__ void __launch_bounds__(kPackThreads) pack_tiles(CompressParams<T> p, PackPlan plan, int64_t pixel_step) {
+  SWAT_DYNAMIC_SHARED(shared);
+  __shared__ int sums[kWarp + 1];
+  __shared__ uint32_t number, taken;
+  __shared__ int64_t rank;
+  if (skipped(p.condition)) return;
+  uint64_t* const states = static_cast<uint64_t*>(p.scratch) + 1;
+  if (threadIdx.x == 0) {
+    // Not blockIdx: a tile waits for all before it, so their blocks must have started.
+    number = atomicAdd(static_cast<uint32_t*>(p.scratch), 1u);
+    taken = 0;
+  }
+  __syncthreads();
+  const Tile<T> tile = tile_at<T, kLayout>(p.input, plan, number, shared);
+  const Compute<T> limit = load(*p.threshold);
+  const bool staging = p.capacity > 0;
+  if constexpr (kLayout == Layout::channels_last) {
+    for (int h = threadIdx.x; h < plan.halves; h += kPackThreads) tile.halves[h] = 0;
+    __syncthreads();
+    read_planes(tile, plan, p.input, pixel_step, limit, staging, &taken);
+  } else {
+    read_run<T, kLayout == Layout::strided>(tile, p.input, limit, staging);
+  }
+  __syncthreads();
+  const int total = count_tile(tile, sums);
+  const bool last = number + 1 == plan.tiles;
+  if (threadIdx.x / kWarp == 0) {
+    const int64_t before = look_back(states, number, total);
+    if (lane_id() == 0) {
+      rank = before;
+      if (last) *p.kept = before + total;
+    }
+  }
+  __syncthreads();
+  write_mask(tile, rank, last, p.words, p.ranks);
+  if (rank >= p.capacity) return;
+  if constexpr (kLayout == Layout::channels_last) {
+    write_planes(tile, p.input, pixel_step, rank, p.values, p.capacity);
+  } else {
+    write_run(tile, total, rank, p.values, p.capacity);
+  }
 }
 
 __global__ void compare(const int64_t* kept, int64_t limit, int32_t* condition) { *condition = *kept > limit; }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPackThreads)
     trim_blocks(uint32_t* halves, int64_t* ranks, const int64_t* kept, int64_t numel, int64_t capacity) {
-  const int64_t block = warp_of_grid();
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kPackWarps + threadIdx.x / kWarp;
   if (*kept <= capacity || block * kBlockBits >= numel) return;
   const int64_t rank = ranks[block], half = block * kBlockHalves + lane_id();
   const bool exists = half < 2 * word_count(numel);
@@ -126,46 +294,11 @@ __global__ void trim_count(int64_t* kept, int64_t capacity) {
   if (*kept > capacity) *kept = capacity;
 }
 
-template <typename T, bool kStrided>
-__global__ void __launch_bounds__(kThreads) collect_blocks(CollectParams<T> p, int64_t numel) {
-  const int64_t block = warp_of_grid();
-  if (block * kBlockBits >= numel) return;
-  const int64_t half = block * kBlockHalves + lane_id();
-  const uint32_t mine = half < 2 * word_count(numel) ? reinterpret_cast<const uint32_t*>(p.words)[half] : 0;
-  const int before = warp_exclusive(count_bits(mine));
-  const int64_t rank = p.ranks[block];
-#pragma unroll 8
-  for (int i = 0; i < kBlockHalves; ++i) {
-    const uint32_t bits = __shfl_sync(kAllLanes, mine, i);
-    const int64_t start = rank + __shfl_sync(kAllLanes, before, i);
-    if (bits >> lane_id() & 1) {
-      const int64_t index = block * kBlockBits + i * 32 + lane_id(),
-                    to = start + count_bits(bits & low_bits(lane_id()));
-      if (to < p.capacity) p.values[to] = p.input.data[kStrided ? offset_of(p.input, index) : index];
-    }
-  }
-}
-
 template <typename T>
-__global__ void __launch_bounds__(kThreads) collect_channels(CollectParams<T> p, int64_t pixel_step, int64_t numel) {
-  const ChannelRun run = channel_run(p.input, pixel_step, warp_of_grid());
-  if (!run.exists) return;
-  const uint32_t bits = bits_at(p.words, numel, run.index) & low_bits(run.pixels);
-  if (bits == 0) return;
-  int64_t to = rank_before(p.words, p.ranks, run.index);
-#pragma unroll 8
-  for (int i = 0; i < 32; ++i) {
-    if (bits >> i & 1) {
-      if (to < p.capacity) p.values[to] = p.input.data[run.offset + i * pixel_step];
-      ++to;
-    }
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) clear_tail(T* values, const int64_t* kept, int64_t capacity) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t at = *kept + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < capacity; at += stride) {
+__global__ void __launch_bounds__(kPackThreads) zero_tail(T* values, const int64_t* kept, int64_t capacity) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kPackThreads;
+  for (int64_t at = *kept + static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x; at < capacity;
+       at += stride) {
     values[at] = from_bits<T>(0);
   }
 }
@@ -173,35 +306,32 @@ __global__ void __launch_bounds__(kThreads) clear_tail(T* values, const int64_t*
 }  // namespace
 
 template <typename T>
-size_t mark_scratch(const CompressParams<T>& p) {
-  return scan_scratch<int64_t>(block_count(p.input.numel()));
+size_t compress_scratch(const CompressParams<T>& p) {
+  const PackPlan plan = pack_plan(p.input);
+  return plan.two_passes ? compress_planes_scratch(p.input.numel()) : plan.scratch();
 }
 
 template <typename T>
-cudaError_t mark(const CompressParams<T>& p, cudaStream_t stream) {
-  const int64_t numel = p.input.numel();
-  if (numel == 0) return cudaMemsetAsync(p.kept, 0, sizeof(int64_t), stream);
-  uint32_t* const halves = reinterpret_cast<uint32_t*>(p.words);
-  const int64_t blocks = ceil_div(block_count(numel), kWarps);
-  switch (layout_of(p.input)) {
+cudaError_t compress(const CompressParams<T>& p, cudaStream_t stream) {
+  if (p.input.numel() == 0) return cudaMemsetAsync(p.kept, 0, sizeof(int64_t), stream);
+  const PackPlan plan = pack_plan(p.input);
+  if (plan.two_passes) return compress_planes(p, stream);
+  const size_t shared = plan.shared(sizeof(T));
+  const int64_t pixel_step = pixel_stride(p.input);
+  SWAT_LAUNCH(prepare_tiles<T>, ceil_div(plan.tiles, kPackThreads), kPackThreads, 0, stream, p, plan);
+  switch (plan.layout) {
     case Layout::contiguous:
-      SWAT_LAUNCH((mark_blocks<T, false>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves,
-                  p.condition);
+      SWAT_LAUNCH((pack_tiles<T, Layout::contiguous>), plan.tiles, kPackThreads, shared, stream, p, plan, pixel_step);
       break;
     case Layout::strided:
-      SWAT_LAUNCH((mark_blocks<T, true>), blocks, kThreads, 0, stream, p.input, numel, p.threshold, halves,
-                  p.condition);
+      SWAT_LAUNCH((pack_tiles<T, Layout::strided>), plan.tiles, kPackThreads, shared, stream, p, plan, pixel_step);
       break;
     case Layout::channels_last:
-      SWAT_LAUNCH(clear_bits, ceil_div(2 * word_count(numel), kThreads), kThreads, 0, stream, halves,
-                  2 * word_count(numel), p.condition);
-      SWAT_LAUNCH(mark_channels<T>, ceil_div(channel_units(p.input), kWarps), kThreads, 0, stream, p.input,
-                  pixel_stride(p.input), p.threshold, halves, p.condition);
+      SWAT_LAUNCH((pack_tiles<T, Layout::channels_last>), plan.tiles, kPackThreads, shared, stream, p, plan,
+                  pixel_step);
       break;
   }
-  SWAT_LAUNCH(count_blocks, blocks, kThreads, 0, stream, halves, numel, p.ranks, p.condition);
-  SWAT_TRY(cudaGetLastError());
-  return scan(p.ranks, block_count(numel), p.kept, p.scratch, p.condition, stream);
+  return cudaGetLastError();
 }
 
 cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cudaStream_t stream) {
@@ -211,40 +341,24 @@ cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cuda
 
 cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, int64_t capacity, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  SWAT_LAUNCH(trim_blocks, ceil_div(block_count(numel), kWarps), kThreads, 0, stream,
+  SWAT_LAUNCH(trim_blocks, ceil_div(block_count(numel), kPackWarps), kPackThreads, 0, stream,
               reinterpret_cast<uint32_t*>(words), ranks, kept, numel, capacity);
   SWAT_LAUNCH(trim_count, 1, 1, 0, stream, kept, capacity);
   return cudaGetLastError();
 }
 
 template <typename T>
-cudaError_t collect(const CollectParams<T>& p, cudaStream_t stream) {
-  const int64_t numel = p.input.numel();
-  if (p.capacity == 0) return cudaSuccess;
-  if (numel > 0) {
-    const int64_t blocks = ceil_div(block_count(numel), kWarps);
-    switch (layout_of(p.input)) {
-      case Layout::contiguous:
-        SWAT_LAUNCH((collect_blocks<T, false>), blocks, kThreads, 0, stream, p, numel);
-        break;
-      case Layout::strided:
-        SWAT_LAUNCH((collect_blocks<T, true>), blocks, kThreads, 0, stream, p, numel);
-        break;
-      case Layout::channels_last:
-        SWAT_LAUNCH(collect_channels<T>, ceil_div(channel_units(p.input), kWarps), kThreads, 0, stream, p,
-                    pixel_stride(p.input), numel);
-        break;
-    }
-  }
-  const int64_t tail = ceil_div(p.capacity, 8 * kThreads);
-  SWAT_LAUNCH(clear_tail<T>, tail < 1024 ? tail : 1024, kThreads, 0, stream, p.values, p.kept, p.capacity);
+cudaError_t clear_tail(T* values, const int64_t* kept, int64_t capacity, cudaStream_t stream) {
+  if (capacity == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div(capacity, 8 * kPackThreads);
+  SWAT_LAUNCH(zero_tail<T>, blocks < 1024 ? blocks : 1024, kPackThreads, 0, stream, values, kept, capacity);
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                          \
-  template size_t mark_scratch(const CompressParams<T>&);            \
-  template cudaError_t mark(const CompressParams<T>&, cudaStream_t); \
-  template cudaError_t collect(const CollectParams<T>&, cudaStream_t);
+#define SWAT_INSTANTIATE(T)                                              \
+  template size_t compress_scratch(const CompressParams<T>&);            \
+  template cudaError_t compress(const CompressParams<T>&, cudaStream_t); \
+  template cudaError_t clear_tail(T*, const int64_t*, int64_t, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)
 SWAT_INSTANTIATE(BFloat16)

@@ -11,11 +11,12 @@ size_t kth_magnitude_scratch();
 template <typename T>
 cudaError_t kth_magnitude(const MagnitudeParams<T>& params, cudaStream_t stream);
 
-// The bitmap, the rank directory and the number of the kept elements of `input`: everything of the packed form but the values.
+// The packed form of `input`: the bitmap, the rank directory, the number of kept elements, and the first `capacity` of them in
+// logical order. What lies in `values` past the last kept one is left as it is.
 template <typename T>
-size_t mark_scratch(const CompressParams<T>& params);
+size_t compress_scratch(const CompressParams<T>& params);
 template <typename T>
-cudaError_t mark(const CompressParams<T>& params, cudaStream_t stream);
+cudaError_t compress(const CompressParams<T>& params, cudaStream_t stream);
 
 // *condition = *kept > limit.
 cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cudaStream_t stream);
@@ -23,9 +24,9 @@ cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cuda
 // Where more than `capacity` elements are kept, drop the last ones in logical order: clear their bits, correct ranks and *kept.
 cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, int64_t capacity, cudaStream_t stream);
 
-// The values of what `mark` kept (at most `capacity`, see trim), in logical order, then zeros up to `capacity`.
+// values[*kept..capacity) = 0.
 template <typename T>
-cudaError_t collect(const CollectParams<T>& params, cudaStream_t stream);
+cudaError_t clear_tail(T* values, const int64_t* kept, int64_t capacity, cudaStream_t stream);
 
 // The dense tensor, written whole.
 template <typename T>

@@ -2,6 +2,7 @@
 // much as the launcher's *_scratch function says, whatever it holds; a launcher leaves nothing behind in it.
 #pragma once
 
+#include "../image.h"
 #include "types.h"
 
 namespace swat::cuda {
@@ -17,15 +18,8 @@ struct PackedView {
   int64_t capacity;  // elements of `values`
 };
 
-// A dense [N, C, H, W] tensor with any strides; fewer dimensions have leading ones.
-template <typename T>
-struct ImageView {
-  T* data;
-  int64_t batch, channels, height, width;
-  int64_t batch_stride, channel_stride, row_stride, column_stride;
-
-  SWAT_HOST_DEVICE int64_t numel() const { return batch * channels * height * width; }
-};
+using swat::ConvGeometry;
+using swat::ImageView;  // fewer dimensions have leading ones
 
 template <typename T>
 struct MagnitudeParams {
@@ -44,39 +38,16 @@ struct CompressParams {
   uint64_t* words;
   int64_t* ranks;
   int64_t* kept;  // one number: how many elements are kept
-  void* scratch;
-  const int32_t* condition;
-};
-
-template <typename T>
-struct CollectParams {
-  ImageView<const T> input;
-  const uint64_t* words;
-  const int64_t* ranks;
-  const int64_t* kept;
   T* values;
-  int64_t capacity;
+  int64_t capacity;  // elements of `values`; 0: the mask alone
+  void* scratch;
+  const int32_t* condition;  // run only where this is not 0; null: always
 };
 
 template <typename T>
 struct DecompressParams {
   PackedView<T> packed;
   ImageView<T> output;
-};
-
-// A convolution's geometry: what nn.Conv2d takes, with the leading padding of each axis (the output size implies the trailing).
-struct ConvGeometry {
-  int64_t batch, groups;
-  int64_t in_channels, in_height, in_width;
-  int64_t out_channels, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width;
-  int64_t dilation_height, dilation_width;
-  int64_t pad_top, pad_left;
-
-  SWAT_HOST_DEVICE int64_t taps() const { return kernel_height * kernel_width; }
-  SWAT_HOST_DEVICE int64_t group_in() const { return in_channels / groups; }
-  SWAT_HOST_DEVICE int64_t group_out() const { return out_channels / groups; }
 };
 
 template <typename T>

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../host_device.h"
+
 #ifdef SWAT_EMULATE_CUDA
 #include "cuda_emulator.h"
 #else
@@ -11,12 +13,7 @@
 // kernel is a name in parentheses where it has template arguments.
 #define SWAT_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define SWAT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
-#if defined(__CUDACC__) || defined(SWAT_EMULATE_CUDA)
-#define SWAT_HOST_DEVICE __host__ __device__
-#else
-#define SWAT_HOST_DEVICE
+#define SWAT_GIVE_WAY()  // threads of a GPU need no turn to go on
 #endif
 
 namespace swat::cuda {
