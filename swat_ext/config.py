@@ -68,7 +68,8 @@ class SWATConfig:
         topk_period: optimizer steps from one selection of a threshold to the next, at least 1. Published: 10 or 20 for
             CIFAR, 5 for ImageNet.
         skip: name patterns (:mod:`fnmatch`, case matters) of layers to leave dense. None leaves the first convolution
-            dense under "uniform", as the paper does; an empty tuple leaves none.
+            dense under "uniform", as the paper does; an empty tuple leaves none. A layer without weights that a pattern
+            matches stays PyTorch's own.
         batchnorm: how BatchNorm keeps its input; "exact" leaves BatchNorm alone.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to choose per
             layer.

@@ -11,7 +11,7 @@ import torch
 
 from swat_ext.config import SWATConfig
 from swat_ext.data import DATA, Data, load_data
-from swat_ext.models import MODELS, ResNet, build_model, swap_relus_
+from swat_ext.models import MODELS, ResNet, build_model
 from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.training import CHECKPOINT, RECIPES, Diverged, Recipe, Trainer, load_checkpoint, recipe_for
@@ -176,7 +176,6 @@ def _build(settings: dict[str, Any], data: Data) -> ResNet:
             backend=settings["backend"],
         )
         sparsify_(model, config)
-        swap_relus_(model)
     return model
 
 

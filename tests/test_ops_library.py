@@ -100,6 +100,20 @@ def _selections() -> list[tuple[Any, ...]]:
     return samples
 
 
+def _relus() -> list[tuple[Any, ...]]:
+    samples = [_randn(3, 5), _randn(2, 3, 5, 7, requires_grad=True), _randn(0, 4), _randn(9, dtype=torch.float64)]
+    last = _randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
+    return [(sample,) for sample in (*samples, last, last.clone().requires_grad_())]
+
+
+def _relu_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for channels_last in (False, True):
+        grad = _randn(2, 3, 5, 7, requires_grad=True)
+        samples.append((grad, torch.ops.swat_ext.relu(_randn(2, 3, 5, 7) + 1)[1], channels_last))
+    return samples
+
+
 _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "compress": _compressions,
     "conv2d": _convolutions,
@@ -110,6 +124,9 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "masked_conv2d": _convolutions,
     "masked_conv2d_input_grad": _input_grads,
     "masked_conv2d_weight_grad": _weight_grads,
+    "relu": _relus,
+    "relu_": lambda: [(sample.detach(),) for (sample,) in _relus()],
+    "relu_backward": _relu_grads,
     "select": _selections,
 }
 

@@ -1,16 +1,13 @@
 """Networks for the command line, the demo and the benchmarks; nothing here knows that its layers may become sparse."""
 
-from swat_ext.models.relu import BitReLU, swap_relus_
 from swat_ext.models.resnet import MODELS, BasicBlock, Bottleneck, ResNet, build_model, resnet18, resnet50
 
 __all__ = [
     "MODELS",
     "BasicBlock",
-    "BitReLU",
     "Bottleneck",
     "ResNet",
     "build_model",
     "resnet18",
     "resnet50",
-    "swap_relus_",
 ]

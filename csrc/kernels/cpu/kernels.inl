@@ -4,10 +4,12 @@
 #include "vec.inl"
 //
 #include "bitmap.inl"
+#include "lanes.inl"
 //
 #include "compress.inl"
 #include "gather_conv.inl"
 #include "magnitude.inl"
+#include "relu.inl"
 #include "weight_grad.inl"
 #include "weight_list.inl"
 
@@ -30,6 +32,8 @@ constexpr Kernels<T> kernels_of() {
       .tap_kernel = tap_kernel<T>,
       .weight_grad_slice = weight_grad_slice<T>,
       .weight_grad_reduce = weight_grad_reduce<T>,
+      .relu_words = relu_words<T>,
+      .mask_words = mask_words<T>,
   };
 }
 

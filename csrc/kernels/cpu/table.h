@@ -48,6 +48,10 @@ struct Kernels {
   void (*weight_grad_slice)(const WeightGradParams<T>& params, int64_t slice, int64_t begin, int64_t end,
                             WeightGradScratch<T>& scratch);
   void (*weight_grad_reduce)(const WeightGradParams<T>& params, int64_t begin, int64_t end);
+
+  // relu.inl: words of 64 elements
+  void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
+  void (*mask_words)(const T* input, const uint64_t* words, int64_t numel, int64_t begin, int64_t end, T* output);
 };
 
 struct KernelTable {

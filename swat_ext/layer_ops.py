@@ -1,0 +1,105 @@
+"""What PyTorch's compiler and autograd need to know of the operators for the layers around the convolutions.
+
+As :mod:`swat_ext.ops` does for the convolutions. A "bit mask" is int64 ``[ceil(numel / 64)]``: one bit an element in
+the order of memory, lowest bit first. "The memory format of a tensor" is channels_last where it lies so and is not also
+contiguous, and contiguous otherwise; results lie in that of the input, and gradients too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+
+__all__ = ["has_kernels", "is_channels_last", "relu_"]
+
+_BITS_PER_WORD = 64
+
+
+def has_kernels(input: object) -> bool:
+    """Whether the layers around the convolutions have kernels for ``input``: float32 or float64, dense, on the CPU."""
+    return (
+        isinstance(input, Tensor)
+        and input.device.type == "cpu"
+        and input.layout == torch.strided
+        and input.dtype in (torch.float32, torch.float64)
+    )
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether ``tensor`` lies in memory as ``[N, H, W, C]`` and not also as ``[N, C, H, W]``."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _fake_bits(input: Tensor) -> Tensor:
+    return input.new_empty([-(-input.numel() // _BITS_PER_WORD)], dtype=torch.int64)
+
+
+# --- ReLU -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("swat_ext::relu")
+def _(input: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(input, input.shape, is_channels_last(input)), _fake_bits(input)
+
+
+@torch.library.register_fake("swat_ext::relu_")
+def _(input: Tensor) -> Tensor:
+    return _fake_bits(input)
+
+
+@torch.library.register_fake("swat_ext::relu_backward")
+def _(grad_output: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    return _empty(grad_output, grad_output.shape, channels_last)
+
+
+def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # or the mask, which has no gradient, would get one of zeros
+    ctx.save_for_backward(output[1])
+    ctx.channels_last = is_channels_last(inputs[0])
+
+
+def _relu_grad(ctx, grad_output: Tensor | None, *_: object) -> Tensor | None:  # type: ignore[no-untyped-def]
+    if grad_output is None:
+        return None
+    return torch.ops.swat_ext.relu_backward(grad_output, *ctx.saved_tensors, ctx.channels_last)
+
+
+def _keep_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+    ctx.channels_last = inputs[2]
+
+
+def _relu_grad_grad(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    return torch.ops.swat_ext.relu_backward(grad, *ctx.saved_tensors, ctx.channels_last), None, None
+
+
+torch.library.register_autograd("swat_ext::relu", _relu_grad, setup_context=_save_mask)
+torch.library.register_autograd("swat_ext::relu_backward", _relu_grad_grad, setup_context=_keep_mask)
+
+
+class _InplaceReLU(torch.autograd.Function):
+    """``swat_ext::relu_`` with its gradient, which an operator that writes to its argument cannot have itself."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.channels_last = is_channels_last(input)
+        ctx.save_for_backward(torch.ops.swat_ext.relu_(input))
+        ctx.mark_dirty(input)
+        return input
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return torch.ops.swat_ext.relu_backward(grads[0], *ctx.saved_tensors, ctx.channels_last)
+
+
+def relu_(input: Tensor) -> Tensor:
+    """ReLU of ``input`` in place, which saves one bit an element; returns ``input``."""
+    output: Tensor = _InplaceReLU.apply(input)
+    return output

@@ -1,0 +1,25 @@
+"""The layers around the sparse ones: which have a leaner form, how they are turned into it, and back."""
+
+from torch import nn
+
+from swat_ext.modules.relu import SWATReLU
+
+__all__ = ["become_around", "become_plain", "has_around_form"]
+
+_FORMS: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: SWATReLU}
+
+
+def has_around_form(module: nn.Module) -> bool:
+    """Whether ``module`` is exactly a ``torch.nn`` layer that has a leaner form, with its own forward."""
+    return type(module) in _FORMS and "forward" not in vars(module)
+
+
+def become_around(module: nn.Module) -> None:
+    """Change ``module`` into its leaner form, in place; parameters, buffers, hooks and flags stay the same objects."""
+    module.__class__ = _FORMS[type(module)]
+
+
+def become_plain(module: nn.Module) -> None:
+    """Undo :func:`become_around`; a module of another kind stays as it is."""
+    if type(module) in _FORMS.values():
+        module.__class__ = module.dense_class  # type: ignore[assignment]
