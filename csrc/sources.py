@@ -2,6 +2,7 @@
 
 # Kernels that know neither torch nor Python.
 CPU_KERNELS = [
+    "kernels/cpu/batch_norm.cpp",
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/dispatch.cpp",
     "kernels/cpu/gather_plan.cpp",

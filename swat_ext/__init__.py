@@ -2,17 +2,19 @@
 
 from swat_ext import functional
 from swat_ext.config import SWATConfig
-from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
+from swat_ext.modules import SWATBatchNorm2d, SWATConv2d, SWATLayer, SWATLinear, SWATReLU
 from swat_ext.report import Report, report
 from swat_ext.scheduler import SWATScheduler
 from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
 
 __all__ = [
     "Report",
+    "SWATBatchNorm2d",
     "SWATConfig",
     "SWATConv2d",
     "SWATLayer",
     "SWATLinear",
+    "SWATReLU",
     "SWATScheduler",
     "Sparsified",
     "SparsifyWarning",

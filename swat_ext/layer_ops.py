@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext.ops import _refuse_second_derivative
 
 __all__ = ["has_kernels", "is_channels_last", "relu_"]
 
@@ -103,3 +104,75 @@ def relu_(input: Tensor) -> Tensor:
     """ReLU of ``input`` in place, which saves one bit an element; returns ``input``."""
     output: Tensor = _InplaceReLU.apply(input)
     return output
+
+
+# --- Batch normalisation ----------------------------------------------------------------------------------------------
+
+_CODE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@torch.library.register_fake("swat_ext::batch_norm")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    saved: str,
+    seed: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels, channels_last = input.shape[1], is_channels_last(input)
+    statistics = [input.new_empty([channels], dtype=torch.float64) for _ in range(3)]
+    code_dtype = _CODE_DTYPES.get(saved)
+    codes = input.new_empty([0]) if code_dtype is None else _empty(input, input.shape, channels_last, code_dtype)
+    return (
+        _empty(input, input.shape, channels_last),
+        *statistics,  # type: ignore[return-value]
+        codes,
+        input.new_empty([channels if saved == "int8" else 0]),
+        _fake_bits(input) if relu else input.new_empty([0], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("swat_ext::batch_norm_backward")
+def _(
+    grad_output: Tensor,
+    saved: Tensor,
+    scale: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    relu_mask: Tensor | None,
+    saved_as: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = saved.shape[1]
+    grad_input = _empty(grad_output, saved.shape, is_channels_last(saved))
+    return grad_input, grad_output.new_empty([channels]), grad_output.new_empty([channels])
+
+
+def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, weight, _, _, saved, _, relu = inputs
+    _, mean, invstd, variance, codes, scale, mask = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, invstd, variance, codes, scale, mask)
+    ctx.save_for_backward(
+        input if saved == "exact" else codes,
+        scale if saved == "int8" else None,
+        mean,
+        invstd,
+        weight,
+        mask if relu else None,
+    )
+    ctx.saved_as = saved
+
+
+def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-untyped-def]
+    if grad_output is None:
+        return (None,) * 7
+    grads = torch.ops.swat_ext.batch_norm_backward(grad_output, *ctx.saved_tensors, ctx.saved_as)
+    wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*wanted, None, None, None, None)
+
+
+torch.library.register_autograd("swat_ext::batch_norm", _norm_grad, setup_context=_save_norm)
+_refuse_second_derivative("batch_norm_backward")

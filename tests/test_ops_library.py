@@ -114,7 +114,39 @@ def _relu_grads() -> list[tuple[Any, ...]]:
     return samples
 
 
+def _norms() -> list[tuple[Any, ...]]:
+    """Arguments of batch_norm: layouts, forms of what is saved, with and without affine parameters and ReLU."""
+    samples: list[tuple[Any, ...]] = []
+    for saved, relu, channels_last, affine, requires_grad in (
+        ("exact", False, False, True, True),
+        ("exact", True, True, True, True),
+        ("bf16", False, True, False, True),
+        ("int8", True, False, True, True),
+        ("int8", False, True, True, False),
+    ):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        input = _randn(3, 5, 4, 2).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
+        weight, bias = [_randn(5, requires_grad=requires_grad) if affine else None for _ in range(2)]
+        samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3), relu))
+    return [*samples, (_randn(7, 5, requires_grad=True), None, None, 1e-5, "exact", None, False)]
+
+
+def _norm_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, weight, bias, eps, saved, seed, relu in _norms():
+        found = torch.ops.swat_ext.batch_norm(input.detach(), weight, bias, eps, saved, seed, relu)
+        _, mean, invstd, _, codes, scale, mask = (tensor.detach() for tensor in found)
+        weight = None if weight is None else weight.detach()
+        kept = input.detach() if saved == "exact" else codes
+        scales, masks = scale if saved == "int8" else None, mask if relu else None
+        grad = _randn(*input.shape)
+        samples.append((grad, kept, scales, mean, invstd, weight, masks, saved))
+    return samples
+
+
 _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "batch_norm": _norms,
+    "batch_norm_backward": _norm_grads,
     "compress": _compressions,
     "conv2d": _convolutions,
     "conv2d_input_grad": _input_grads,

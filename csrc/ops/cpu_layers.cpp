@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
 #include <tuple>
 
+#include "../kernels/cpu/batch_norm.h"
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/relu.h"
 #include "checks.h"
@@ -70,6 +72,118 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& mask, bool channel
   });
 }
 
+// ---- Batch normalisation ----------------------------------------------------------------------------------------------------
+
+cpu::Saved saved_form(const char* name, const std::string& form) {
+  if (form == "exact") return cpu::Saved::exact;
+  if (form == "bf16") return cpu::Saved::bf16;
+  STD_TORCH_CHECK(form == "int8", name, ": expected 'exact', 'bf16' or 'int8', got '", form, "'");
+  return cpu::Saved::int8;
+}
+
+ScalarType code_type(cpu::Saved saved, ScalarType exact) {
+  return saved == cpu::Saved::exact ? exact : saved == cpu::Saved::bf16 ? ScalarType::BFloat16 : ScalarType::Char;
+}
+
+cpu::BatchNormShape norm_shape(const char* name, const Tensor& tensor, bool channels_last) {
+  STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 4, name, ": expected [N, C, H, W] or [N, C], got size ",
+                  to_string(sizes(tensor)));
+  const int64_t pixels = tensor.dim() == 2 ? 1 : tensor.size(2) * tensor.size(3);
+  return cpu::batch_norm_shape(tensor.size(0), tensor.size(1), pixels, channels_last);
+}
+
+// One number a channel, contiguous; nothing where there is none.
+std::optional<Tensor> per_channel(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype,
+                                  int64_t channels) {
+  if (!tensor) return std::nullopt;
+  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": expected scalar type ", static_cast<int>(dtype), ", got ",
+                  static_cast<int>(tensor->scalar_type()));
+  check_size(name, sizes(*tensor), {channels});
+  return torch::stable::contiguous(*tensor);
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->template const_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+    const std::string& saved, const std::optional<Tensor>& seed, bool relu) {
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  return dispatch("input", input, [&]<typename T>() -> Result {
+    const bool last = is_channels_last(input);
+    const cpu::BatchNormShape shape = norm_shape("input", input, last);
+    STD_TORCH_CHECK(shape.count() > 1, "input: expected more than 1 value per channel, got size ",
+                    to_string(sizes(input)));
+    const cpu::Saved form = saved_form("saved", saved);
+    const ScalarType dtype = input.scalar_type();
+    const std::optional<Tensor> weights = per_channel("weight", weight, dtype, shape.channels);
+    const std::optional<Tensor> biases = per_channel("bias", bias, dtype, shape.channels);
+    STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+                    "seed: expected one int64 number");
+    const Tensor source = torch::stable::contiguous(input, memory_format(last));
+    const Ints size = sizes(input);
+    Tensor output = empty(size, dtype, last);
+    Tensor mean = empty({shape.channels}, ScalarType::Double);
+    Tensor invstd = empty({shape.channels}, ScalarType::Double);
+    Tensor variance = empty({shape.channels}, ScalarType::Double);
+    const bool exact = form == cpu::Saved::exact;
+    Tensor codes = empty(exact ? Ints{0} : size, code_type(form, dtype), last && !exact);
+    Tensor scale = empty({form == cpu::Saved::int8 ? shape.channels : 0}, dtype);
+    Tensor mask = empty({relu ? (shape.numel() + 63) / 64 : 0}, ScalarType::Long);
+    cpu::batch_norm<T>(cpu::active(), torch_threads(), shape, source.const_data_ptr<T>(), data_or_null<T>(weights),
+                       data_or_null<T>(biases), eps, form, seed ? *seed->const_data_ptr<int64_t>() : 0,
+                       {.output = output.mutable_data_ptr<T>(),
+                        .mean = mean.mutable_data_ptr<double>(),
+                        .invstd = invstd.mutable_data_ptr<double>(),
+                        .variance = variance.mutable_data_ptr<double>(),
+                        .codes = exact ? nullptr : codes.mutable_data_ptr(),
+                        .scale = scale.mutable_data_ptr<T>(),
+                        .words = relu ? write_words(mask) : nullptr});
+    return {output, mean, invstd, variance, codes, scale, mask};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
+                                                       const std::optional<Tensor>& scale, const Tensor& mean,
+                                                       const Tensor& invstd, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& relu_mask,
+                                                       const std::string& saved_as) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    const ScalarType dtype = grad_output.scalar_type();
+    const cpu::Saved form = saved_form("saved_as", saved_as);
+    STD_TORCH_CHECK(saved.scalar_type() == code_type(form, dtype), "saved: expected scalar type ",
+                    static_cast<int>(code_type(form, dtype)), " for '", saved_as, "', got ",
+                    static_cast<int>(saved.scalar_type()));
+    check_size("grad_output", sizes(grad_output), sizes(saved));
+    const bool last = is_channels_last(saved);
+    const cpu::BatchNormShape shape = norm_shape("saved", saved, last);
+    STD_TORCH_CHECK(form != cpu::Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
+    const std::optional<Tensor> scales = per_channel("scale", scale, dtype, shape.channels);
+    const std::optional<Tensor> weights = per_channel("weight", weight, dtype, shape.channels);
+    const Tensor means = *per_channel("mean", mean, ScalarType::Double, shape.channels);
+    const Tensor invstds = *per_channel("invstd", invstd, ScalarType::Double, shape.channels);
+    if (relu_mask) check_bits("relu_mask", *relu_mask, shape.numel());
+    const Tensor values = torch::stable::contiguous(saved, memory_format(last));
+    const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));
+    Tensor grad_input = empty(sizes(saved), dtype, last);
+    Tensor grad_weight = empty({shape.channels}, dtype);
+    Tensor grad_bias = empty({shape.channels}, dtype);
+    cpu::batch_norm_backward<T>(cpu::active(), torch_threads(), shape, grad.const_data_ptr<T>(),
+                                {.form = form,
+                                 .values = values.const_data_ptr(),
+                                 .scale = data_or_null<T>(scales),
+                                 .mean = means.const_data_ptr<double>(),
+                                 .invstd = invstds.const_data_ptr<double>(),
+                                 .weight = data_or_null<T>(weights),
+                                 .mask = relu_mask ? read_words(*relu_mask) : nullptr},
+                                grad_input.mutable_data_ptr<T>(), grad_weight.mutable_data_ptr<T>(),
+                                grad_bias.mutable_data_ptr<T>());
+    return {grad_input, grad_weight, grad_bias};
+  });
+}
+
 }  // namespace
 }  // namespace swat
 
@@ -77,4 +191,6 @@ SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("relu", TORCH_BOX(&swat::relu));
   m.impl("relu_", TORCH_BOX(&swat::relu_));
   m.impl("relu_backward", TORCH_BOX(&swat::relu_backward));
+  m.impl("batch_norm", TORCH_BOX(&swat::batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&swat::batch_norm_backward));
 }

@@ -25,4 +25,12 @@ SWAT_LIBRARY(m) {
   m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_(Tensor(a!) input) -> Tensor mask");
   m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str saved, Tensor? seed, bool relu) -> "
+      "(Tensor "
+      "output, Tensor mean, Tensor invstd, Tensor variance, Tensor codes, Tensor scale, Tensor relu_mask)");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor saved, Tensor? scale, Tensor mean, Tensor invstd, Tensor? "
+      "weight, "
+      "Tensor? relu_mask, str saved_as) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -1,8 +1,9 @@
 """Drop-in forms of torch.nn's layers: Conv2d and Linear that train sparse, and leaner ones around them."""
 
 from swat_ext.modules.base import SWATLayer
+from swat_ext.modules.batch_norm import SWATBatchNorm2d
 from swat_ext.modules.conv import SWATConv2d
 from swat_ext.modules.linear import SWATLinear
 from swat_ext.modules.relu import SWATReLU
 
-__all__ = ["SWATConv2d", "SWATLayer", "SWATLinear", "SWATReLU"]
+__all__ = ["SWATBatchNorm2d", "SWATConv2d", "SWATLayer", "SWATLinear", "SWATReLU"]

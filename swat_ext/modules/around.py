@@ -2,11 +2,12 @@
 
 from torch import nn
 
+from swat_ext.modules.batch_norm import SWATBatchNorm2d
 from swat_ext.modules.relu import SWATReLU
 
 __all__ = ["become_around", "become_plain", "has_around_form"]
 
-_FORMS: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: SWATReLU}
+_FORMS: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: SWATReLU, nn.BatchNorm2d: SWATBatchNorm2d}
 
 
 def has_around_form(module: nn.Module) -> bool:
@@ -14,12 +15,20 @@ def has_around_form(module: nn.Module) -> bool:
     return type(module) in _FORMS and "forward" not in vars(module)
 
 
-def become_around(module: nn.Module) -> None:
-    """Change ``module`` into its leaner form, in place; parameters, buffers, hooks and flags stay the same objects."""
+def become_around(module: nn.Module, batchnorm: str) -> None:
+    """Change ``module`` into its leaner form, in place; parameters, buffers, hooks and flags stay the same objects.
+
+    Args:
+        module: one that :func:`has_around_form`.
+        batchnorm: what a batch normalisation keeps, as in :class:`swat_ext.SWATConfig`.
+    """
     module.__class__ = _FORMS[type(module)]
+    if isinstance(module, SWATBatchNorm2d):
+        module.saved = batchnorm
 
 
 def become_plain(module: nn.Module) -> None:
     """Undo :func:`become_around`; a module of another kind stays as it is."""
     if type(module) in _FORMS.values():
+        module.__dict__.pop("_saved", None)
         module.__class__ = module.dense_class  # type: ignore[assignment]

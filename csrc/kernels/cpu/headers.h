@@ -13,5 +13,6 @@
 
 #include "buffer.h"
 #include "dispatch.h"
+#include "layer_params.h"
 #include "params.h"
 #include "table.h"

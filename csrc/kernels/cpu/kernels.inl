@@ -12,6 +12,8 @@
 #include "relu.inl"
 #include "weight_grad.inl"
 #include "weight_list.inl"
+//
+#include "batch_norm.inl"
 
 template <typename T>
 constexpr Kernels<T> kernels_of() {
@@ -34,6 +36,11 @@ constexpr Kernels<T> kernels_of() {
       .weight_grad_reduce = weight_grad_reduce<T>,
       .relu_words = relu_words<T>,
       .mask_words = mask_words<T>,
+      .batch_norm_scratch = batch_norm_scratch<T>,
+      .batch_norm_statistics = batch_norm_statistics<T>,
+      .batch_norm_normalise = batch_norm_normalise<T>,
+      .batch_norm_sums = batch_norm_sums<T>,
+      .batch_norm_input_grad = batch_norm_input_grad<T>,
   };
 }
 

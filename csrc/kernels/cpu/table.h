@@ -2,6 +2,7 @@
 #pragma once
 
 #include "buffer.h"
+#include "layer_params.h"
 #include "params.h"
 
 namespace swat::cpu {
@@ -52,6 +53,13 @@ struct Kernels {
   // relu.inl: words of 64 elements
   void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
   void (*mask_words)(const T* input, const uint64_t* words, int64_t numel, int64_t begin, int64_t end, T* output);
+
+  // batch_norm.inl: tasks of the sums, blocks of the elements
+  int64_t (*batch_norm_scratch)(const BatchNormShape& shape);
+  void (*batch_norm_statistics)(const BatchNormParams<T>& params, int64_t begin, int64_t end);
+  void (*batch_norm_normalise)(const BatchNormParams<T>& params, int64_t begin, int64_t end);
+  void (*batch_norm_sums)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
+  void (*batch_norm_input_grad)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
 };
 
 struct KernelTable {
