@@ -6,6 +6,7 @@ CPU_KERNELS = [
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/dispatch.cpp",
     "kernels/cpu/gather_plan.cpp",
+    "kernels/cpu/max_pool.cpp",
     "kernels/cpu/packing.cpp",
     "kernels/cpu/relu.cpp",
     "kernels/cpu/weight_grad_plan.cpp",

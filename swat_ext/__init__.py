@@ -2,7 +2,7 @@
 
 from swat_ext import functional
 from swat_ext.config import SWATConfig
-from swat_ext.modules import SWATBatchNorm2d, SWATConv2d, SWATLayer, SWATLinear, SWATReLU
+from swat_ext.modules import SWATBatchNorm2d, SWATConv2d, SWATLayer, SWATLinear, SWATMaxPool2d, SWATReLU
 from swat_ext.report import Report, report
 from swat_ext.scheduler import SWATScheduler
 from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
@@ -14,6 +14,7 @@ __all__ = [
     "SWATConv2d",
     "SWATLayer",
     "SWATLinear",
+    "SWATMaxPool2d",
     "SWATReLU",
     "SWATScheduler",
     "Sparsified",

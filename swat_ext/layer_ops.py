@@ -13,7 +13,7 @@ from torch import Tensor
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.ops import _refuse_second_derivative
 
-__all__ = ["has_kernels", "is_channels_last", "relu_"]
+__all__ = ["has_kernels", "is_channels_last", "pooled_size", "relu_"]
 
 _BITS_PER_WORD = 64
 
@@ -176,3 +176,75 @@ def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
 
 torch.library.register_autograd("swat_ext::batch_norm", _norm_grad, setup_context=_save_norm)
 _refuse_second_derivative("batch_norm_backward")
+
+
+# --- Max pooling ------------------------------------------------------------------------------------------------------
+
+
+def pooled_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """Size ``[N, C, H', W']`` of a max pooling's output; an entry below 1 means that no window fits."""
+    pooled = list(size[:2])
+    for axis in range(2):
+        length, step = size[2 + axis], stride[axis]
+        spare = length + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1
+        count = (spare + (step - 1 if ceil_mode else 0)) // step + 1
+        # The last window must start inside the input or its leading padding.
+        if ceil_mode and (count - 1) * step >= length + padding[axis]:
+            count -= 1
+        pooled.append(count)
+    return pooled
+
+
+@torch.library.register_fake("swat_ext::max_pool2d")
+def _(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    size = pooled_size(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    channels_last = is_channels_last(input)
+    return _empty(input, size, channels_last), _empty(input, size, channels_last, torch.uint8)
+
+
+@torch.library.register_fake("swat_ext::max_pool2d_backward")
+def _(
+    grad_output: Tensor,
+    positions: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    return _empty(grad_output, input_size, is_channels_last(positions))
+
+
+def _save_positions(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.size = inputs[0].shape
+    ctx.geometry = inputs[1:]
+
+
+def _pool_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-untyped-def]
+    if grad_output is None:
+        return (None,) * 6
+    positions = ctx.saved_tensors[0]
+    grad = torch.ops.swat_ext.max_pool2d_backward(grad_output, positions, ctx.size, *ctx.geometry)
+    return grad, *[None] * 5
+
+
+torch.library.register_autograd("swat_ext::max_pool2d", _pool_grad, setup_context=_save_positions)
+_refuse_second_derivative("max_pool2d_backward")

@@ -99,9 +99,9 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     layer that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in
     the result.
 
-    The layers around them change too: every module that is exactly an ``nn.ReLU`` or ``nn.BatchNorm2d`` takes the form
-    of :mod:`swat_ext` that computes the same and holds less for the backward pass. A pattern of ``config.skip`` that
-    matches one leaves it as it is.
+    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU`` or
+    ``nn.MaxPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
+    pattern of ``config.skip`` that matches one leaves it as it is.
 
     Args:
         model: any module, on any device that its layers will run on; nothing in it may be sparse already.

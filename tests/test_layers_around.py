@@ -12,7 +12,7 @@ from networks import batches, sgd, small_network, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swat_ext import SWATBatchNorm2d, SWATConfig, SWATConv2d, SWATReLU, sparsify_, to_dense
+from swat_ext import SWATBatchNorm2d, SWATConfig, SWATConv2d, SWATMaxPool2d, SWATReLU, sparsify_, to_dense
 from swat_ext.training import saved_bytes
 
 FORMS = ("exact", "bf16", "int8")
@@ -218,6 +218,8 @@ def _odd_model() -> nn.ModuleDict:
             "one": nn.BatchNorm1d(4),
             "relu": nn.ReLU(True),
             "six": nn.ReLU6(),
+            "pool": nn.MaxPool2d(2),
+            "average": nn.AvgPool2d(2),
             "patched": patched,
         }
     )
@@ -228,11 +230,12 @@ def test_sparsify_takes_exactly_the_plain_ones(saved: str) -> None:
     model = _odd_model()
     buffers, parameters = [id(b) for b in model.buffers()], [id(p) for p in model.parameters()]
     result = sparsify_(model, SWATConfig(0.5, skip=(), batchnorm=saved))
-    assert result.around == ("norm", "relu")
-    assert "2 around them" in str(result)
-    assert [type(model[name]) for name in ("conv", "norm", "relu")] == [SWATConv2d, SWATBatchNorm2d, SWATReLU]
+    assert result.around == ("norm", "relu", "pool")
+    assert "3 around them" in str(result)
+    assert [type(model[name]) for name in ("norm", "relu", "pool")] == [SWATBatchNorm2d, SWATReLU, SWATMaxPool2d]
+    assert type(model["conv"]) is SWATConv2d
     assert [type(model[name]) for name in ("own", "sync", "one")] == [OwnNorm, nn.SyncBatchNorm, nn.BatchNorm1d]
-    assert [type(model[name]) for name in ("six", "patched")] == [nn.ReLU6, nn.ReLU]
+    assert [type(model[name]) for name in ("six", "average", "patched")] == [nn.ReLU6, nn.AvgPool2d, nn.ReLU]
     assert model["norm"].saved == saved
     assert model["relu"].inplace
     assert [id(b) for b in model.buffers() if b.dim() == 1 or b.dtype == torch.int64] == buffers
@@ -248,7 +251,7 @@ def test_sparsify_takes_exactly_the_plain_ones(saved: str) -> None:
 def test_patterns_may_leave_them() -> None:
     model = _odd_model()
     result = sparsify_(model, SWATConfig(0.5, skip=["norm"]))
-    assert (result.swapped, result.around, result.skipped) == (("conv",), ("relu",), ())
+    assert (result.swapped, result.around, result.skipped) == (("conv",), ("relu", "pool"), ())
     assert type(model["norm"]) is nn.BatchNorm2d
     with pytest.raises(ValueError, match="skip: pattern 'six' matches no layer"):
         sparsify_(_odd_model(), SWATConfig(0.5, skip=["six"]))

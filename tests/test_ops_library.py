@@ -144,6 +144,23 @@ def _norm_grads() -> list[tuple[Any, ...]]:
     return samples
 
 
+def _pools() -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for channels_last, ceil_mode, requires_grad in ((False, True, True), (True, False, True), (True, True, False)):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        input = _randn(2, 3, 8, 7).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
+        samples.append((input, [3, 2], [2, 3], [1, 0], [1, 2], ceil_mode))
+    return samples
+
+
+def _pool_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, *geometry in _pools():
+        output, positions = torch.ops.swat_ext.max_pool2d(input.detach(), *geometry)
+        samples.append((torch.ones_like(output), positions, input.shape, *geometry))
+    return samples
+
+
 _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "batch_norm": _norms,
     "batch_norm_backward": _norm_grads,
@@ -156,6 +173,8 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "masked_conv2d": _convolutions,
     "masked_conv2d_input_grad": _input_grads,
     "masked_conv2d_weight_grad": _weight_grads,
+    "max_pool2d": _pools,
+    "max_pool2d_backward": _pool_grads,
     "relu": _relus,
     "relu_": lambda: [(sample.detach(),) for (sample,) in _relus()],
     "relu_backward": _relu_grads,

@@ -7,6 +7,7 @@
 
 #include "../kernels/cpu/batch_norm.h"
 #include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/max_pool.h"
 #include "../kernels/cpu/relu.h"
 #include "checks.h"
 #include "cpu_common.h"
@@ -184,6 +185,89 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
   });
 }
 
+// ---- Max pooling ------------------------------------------------------------------------------------------------------------
+
+// torch's rule: with ceil_mode a window may start in the last stride, but not beyond the input and its leading padding.
+int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t spare = size + 2 * padding - dilation * (kernel - 1) - 1;
+  if (spare < 0) return ceil_mode && spare + stride > 0 && size > 0 ? 1 : 0;
+  const int64_t count = (spare + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return count - (ceil_mode && (count - 1) * stride >= size + padding);
+}
+
+void check_pair(const char* name, const Ints& pair, int64_t least) {
+  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
+                  ": expected two integers of at least ", least, ", got ", to_string(pair));
+}
+
+cpu::MaxPoolShape pool_shape(const char* name, const Ints& size, const Ints& kernel_size, const Ints& stride,
+                             const Ints& padding, const Ints& dilation, bool ceil_mode, bool channels_last) {
+  STD_TORCH_CHECK(size.size() == 4, name, ": expected 4 dimensions [N, C, H, W], got size ", to_string(size));
+  check_pair("kernel_size", kernel_size, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  check_pair("dilation", dilation, 1);
+  STD_TORCH_CHECK(kernel_size[0] <= cpu::kMostTaps && kernel_size[1] <= cpu::kMostTaps / kernel_size[0],
+                  "kernel_size: expected an area of at most ", cpu::kMostTaps, ", got ", to_string(kernel_size));
+  STD_TORCH_CHECK(2 * padding[0] <= kernel_size[0] && 2 * padding[1] <= kernel_size[1],
+                  "padding: expected at most half of kernel_size ", to_string(kernel_size), ", got ",
+                  to_string(padding));
+  const cpu::MaxPoolShape shape{
+      .batch = size[0],
+      .channels = size[1],
+      .height = size[2],
+      .width = size[3],
+      .out_height = pooled(size[2], kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode),
+      .out_width = pooled(size[3], kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode),
+      .kernel_height = kernel_size[0],
+      .kernel_width = kernel_size[1],
+      .stride_height = stride[0],
+      .stride_width = stride[1],
+      .pad_height = padding[0],
+      .pad_width = padding[1],
+      .dilation_height = dilation[0],
+      .dilation_width = dilation[1],
+      .channels_last = channels_last};
+  STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0, name, ": expected at least one whole window, got size ",
+                  to_string(size));
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, const Ints& kernel_size, const Ints& stride,
+                                      const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    const bool last = is_channels_last(input);
+    const auto shape = pool_shape("input", sizes(input), kernel_size, stride, padding, dilation, ceil_mode, last);
+    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
+    const Tensor source = torch::stable::contiguous(input, memory_format(last));
+    Tensor output = empty(size, input.scalar_type(), last);
+    Tensor positions = empty(size, ScalarType::Byte, last);
+    cpu::max_pool<T>(cpu::active(), torch_threads(), shape, source.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
+                     positions.mutable_data_ptr<uint8_t>());
+    return {output, positions};
+  });
+}
+
+Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& positions, const Ints& input_size,
+                           const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
+                           bool ceil_mode) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const bool last = is_channels_last(positions);
+    const auto shape = pool_shape("input_size", input_size, kernel_size, stride, padding, dilation, ceil_mode, last);
+    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
+    check_size("grad_output", sizes(grad_output), size);
+    check_size("positions", sizes(positions), size);
+    STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions: expected dtype uint8, got scalar type ",
+                    static_cast<int>(positions.scalar_type()));
+    const Tensor where = torch::stable::contiguous(positions, memory_format(last));
+    const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));
+    Tensor grad_input = empty(input_size, grad_output.scalar_type(), last);
+    cpu::max_pool_backward<T>(cpu::active(), torch_threads(), shape, grad.const_data_ptr<T>(),
+                              where.const_data_ptr<uint8_t>(), grad_input.mutable_data_ptr<T>());
+    return grad_input;
+  });
+}
+
 }  // namespace
 }  // namespace swat
 
@@ -193,4 +277,6 @@ SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("relu_backward", TORCH_BOX(&swat::relu_backward));
   m.impl("batch_norm", TORCH_BOX(&swat::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&swat::batch_norm_backward));
+  m.impl("max_pool2d", TORCH_BOX(&swat::max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&swat::max_pool2d_backward));
 }

@@ -33,4 +33,10 @@ SWAT_LIBRARY(m) {
       "batch_norm_backward(Tensor grad_output, Tensor saved, Tensor? scale, Tensor mean, Tensor invstd, Tensor? "
       "weight, "
       "Tensor? relu_mask, str saved_as) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool "
+      "ceil_mode) -> (Tensor output, Tensor positions)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor positions, SymInt[4] input_size, SymInt[2] kernel_size, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode) -> Tensor");
 }

@@ -3,11 +3,16 @@
 from torch import nn
 
 from swat_ext.modules.batch_norm import SWATBatchNorm2d
+from swat_ext.modules.max_pool import SWATMaxPool2d
 from swat_ext.modules.relu import SWATReLU
 
 __all__ = ["become_around", "become_plain", "has_around_form"]
 
-_FORMS: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: SWATReLU, nn.BatchNorm2d: SWATBatchNorm2d}
+_FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: SWATBatchNorm2d,
+    nn.MaxPool2d: SWATMaxPool2d,
+    nn.ReLU: SWATReLU,
+}
 
 
 def has_around_form(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@
 #include "weight_list.inl"
 //
 #include "batch_norm.inl"
+#include "max_pool.inl"
 
 template <typename T>
 constexpr Kernels<T> kernels_of() {
@@ -41,6 +42,8 @@ constexpr Kernels<T> kernels_of() {
       .batch_norm_normalise = batch_norm_normalise<T>,
       .batch_norm_sums = batch_norm_sums<T>,
       .batch_norm_input_grad = batch_norm_input_grad<T>,
+      .max_pool_rows = max_pool_rows<T>,
+      .max_pool_input_grad = max_pool_input_grad<T>,
   };
 }
 

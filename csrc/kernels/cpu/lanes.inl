@@ -46,14 +46,14 @@ inline Vec<T> where_bits(Vec<T> v, uint32_t bits) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<Lanes<T>>(v) & chosen);
 }
 
-// kLanes unsigned bytes, one a lane.
+// kLanes unsigned bytes, one a lane. (Of the AVX-512 conversions GCC warns without a mask.)
 template <typename T>
 inline Lanes<T> load_bytes(const uint8_t* p) {
 #if SWAT_INTRINSICS == 512
   if constexpr (sizeof(T) == 4) {
-    return reinterpret_cast<Lanes<T>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<Lanes<T>>(_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   } else {
-    return reinterpret_cast<Lanes<T>>(_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<Lanes<T>>(_mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 #elif SWAT_INTRINSICS == 256
   if constexpr (sizeof(T) == 4) {
@@ -65,5 +65,30 @@ inline Lanes<T> load_bytes(const uint8_t* p) {
   Lanes<T> v;
   for (int i = 0; i < kLanes<T>; ++i) v[i] = p[i];
   return v;
+#endif
+}
+
+// The lowest byte of each lane, one after the other.
+template <typename T>
+inline void store_bytes(uint8_t* p, Lanes<T> v) {
+#if SWAT_INTRINSICS == 512
+  if constexpr (sizeof(T) == 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(v)));
+  } else {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi64_epi8(0xFF, reinterpret_cast<__m512i>(v)));
+  }
+#elif SWAT_INTRINSICS == 256
+  const __m256i whole = reinterpret_cast<__m256i>(v);
+  const __m128i low = _mm256_castsi256_si128(whole), high = _mm256_extracti128_si256(whole, 1);
+  if constexpr (sizeof(T) == 4) {
+    const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i bytes = _mm_unpacklo_epi32(_mm_shuffle_epi8(low, lowest), _mm_shuffle_epi8(high, lowest));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  } else {
+    const __m128i lowest = _mm_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    _mm_storeu_si32(p, _mm_unpacklo_epi16(_mm_shuffle_epi8(low, lowest), _mm_shuffle_epi8(high, lowest)));
+  }
+#else
+  for (int i = 0; i < kLanes<T>; ++i) p[i] = static_cast<uint8_t>(v[i]);
 #endif
 }

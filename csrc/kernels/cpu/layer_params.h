@@ -51,4 +51,19 @@ struct BatchNormParams {
   uint64_t* words;  // forward, ReLU: where the gradient will pass; null: no ReLU
 };
 
+// ---- Max pooling ------------------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kMostTaps = 256;  // of a window: the position of its maximum is a byte
+
+// [batch, channels, height, width], in memory as the input lies: `channels_last` or contiguous.
+struct MaxPoolShape {
+  int64_t batch, channels, height, width;
+  int64_t out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t pad_height, pad_width;
+  int64_t dilation_height, dilation_width;
+  bool channels_last;
+};
+
 }  // namespace swat::cpu

@@ -60,6 +60,12 @@ struct Kernels {
   void (*batch_norm_normalise)(const BatchNormParams<T>& params, int64_t begin, int64_t end);
   void (*batch_norm_sums)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
   void (*batch_norm_input_grad)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
+
+  // max_pool.inl: rows of the output; rows of the input, or planes if contiguous
+  void (*max_pool_rows)(const MaxPoolShape& shape, const T* input, int64_t begin, int64_t end, T* output,
+                        uint8_t* positions);
+  void (*max_pool_input_grad)(const MaxPoolShape& shape, const T* grad_output, const uint8_t* positions, int64_t begin,
+                              int64_t end, T* grad_input);
 };
 
 struct KernelTable {
