@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kBlockElements = 1 << 12;  // so that what one pass over a block writes, the next finds in cache
 constexpr int64_t kPartElements = 1 << 16;   // summed in one go: many parts would cost more to add up than they save
 constexpr int64_t kMostParts = 64;
+constexpr int64_t kPlaneRun = 512;
 constexpr int64_t kFewChannels = 32;  // below this, planes of one sample are not tasks enough
 constexpr int64_t kGrainBlocks = 8;   // below this a thread costs more than it saves
 
@@ -68,7 +69,9 @@ BatchNormShape batch_norm_shape(int64_t batch, int64_t channels, int64_t pixels,
     shape.parts =
         channels >= kFewChannels ? 1 : std::clamp<int64_t>(numel / kPartElements, 1, std::max<int64_t>(1, batch));
     shape.parts = std::min(shape.parts, kMostParts);
-    shape.chunk = std::max<int64_t>(1, channels / kMostParts);
+    // Small planes are read some at a time.
+    shape.chunk =
+        std::max<int64_t>({1, channels / kMostParts, std::min(channels, kPlaneRun / std::max<int64_t>(1, pixels))});
   }
   return shape;
 }

@@ -1,13 +1,28 @@
 // Batch normalisation in two passes over memory each way: sums per channel, then the elements. Sums are in double whatever T is, so
 // that a mean far above the deviation, or an outlier, costs no accuracy.
 
-inline constexpr int64_t kBatchNormRun = 4096;  // elements of scratch
+inline constexpr int64_t kBatchNormRun = 2048;  // elements read together, so that they stay in cache
+inline constexpr int64_t kLeastRows = 16;       // but sums are loaded and stored once a run
 
-// kLanes<double> elements as doubles.
+// kLanes<double> elements as doubles. (GCC splits the vector types' conversion into narrower ones.)
 inline Vec<double> load_double(const double* p) { return load_unaligned(p); }
 inline Vec<double> load_double(const float* p) {
+#if SWAT_INTRINSICS == 512
+  return reinterpret_cast<Vec<double>>(_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p)));
+#elif SWAT_INTRINSICS == 256
+  return reinterpret_cast<Vec<double>>(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+#else
   using Part = float __attribute__((vector_size(kVectorBytes / 2), aligned(4)));
   return __builtin_convertvector(*reinterpret_cast<const Part*>(p), Vec<double>);
+#endif
+}
+
+// Ask for what the next run reads: within a run the passes over strips of channels would hide from the hardware that memory is read
+// from end to end.
+template <typename T>
+inline void prefetch_run(const T* data, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(data + i);
 }
 
 // sum += u and product += u * v, where v = x - shift, and u = v if kSquares, else the gradient.
@@ -146,6 +161,12 @@ void mask_run(const T* grad, const uint64_t* words, int64_t bit, int64_t count, 
       store_unaligned<T>(output + i + k, where_bits<T>(load_unaligned(grad + i + k), static_cast<uint32_t>(bits >> k)));
     }
   }
+  for (; i + kN <= count; i += kN) {
+    const uint64_t at = bit + i;
+    uint64_t bits = words[at / 64] >> (at % 64);
+    if (at % 64 + kN > 64) bits |= words[at / 64 + 1] << (64 - at % 64);
+    store_unaligned<T>(output + i, where_bits<T>(load_unaligned(grad + i), static_cast<uint32_t>(bits)));
+  }
   for (; i < count; ++i) output[i] = words[(bit + i) / 64] >> ((bit + i) % 64) & 1 ? grad[i] : T{0};
 }
 
@@ -178,26 +199,27 @@ const T* grad_run(const BatchNormParams<T>& params, int64_t begin, int64_t count
 // The first of `count` things that part `i` of `parts` covers.
 inline int64_t part_begin(int64_t count, int64_t i, int64_t parts) { return count * i / parts; }
 
-// Call rows(part, first row, rows) or plane(part, channel, first element, elements) for what task `task` sums, in runs that fit
-// the scratch.
-template <typename Rows, typename Plane>
-void for_each_run(const BatchNormShape& shape, int64_t task, Rows&& rows, Plane&& plane) {
+// Call rows(part, first row, rows) or planes(part, first channel, channels, first element, elements of each) for what task `task`
+// sums, in contiguous runs that fit the scratch.
+template <typename Rows, typename Planes>
+void for_each_run(const BatchNormShape& shape, int64_t task, Rows&& rows, Planes&& planes) {
   if (shape.channels_last) {
-    const int64_t step = std::max<int64_t>(1, kBatchNormRun / shape.channels);
+    const int64_t step = std::max(kLeastRows, kBatchNormRun / shape.channels);
     const int64_t end = part_begin(shape.lines, task + 1, shape.parts);
     for (int64_t row = part_begin(shape.lines, task, shape.parts); row < end; row += step) {
       rows(task, row, std::min(step, end - row));
     }
     return;
   }
+  const int64_t together = std::max<int64_t>(1, kBatchNormRun / shape.pixels);
   const int64_t part = task / shape.chunks(), first = task % shape.chunks() * shape.chunk;
   const int64_t last = std::min(shape.channels, first + shape.chunk);
   for (int64_t n = part_begin(shape.batch, part, shape.parts); n < part_begin(shape.batch, part + 1, shape.parts);
        ++n) {
-    for (int64_t c = first; c < last; ++c) {
+    for (int64_t c = first; c < last; c += together) {
       const int64_t begin = (n * shape.channels + c) * shape.pixels;
       for (int64_t i = 0; i < shape.pixels; i += kBatchNormRun) {
-        plane(part, c, begin + i, std::min(kBatchNormRun, shape.pixels - i));
+        planes(part, c, std::min(together, last - c), begin + i, std::min(kBatchNormRun, shape.pixels - i));
       }
     }
   }
@@ -213,16 +235,19 @@ void batch_norm_statistics(const BatchNormParams<T>& params, int64_t begin, int6
         [&](int64_t part, int64_t row, int64_t rows) {
           const T* x = params.input + row * channels;
           const int64_t at = part * channels;
+          prefetch_run(x + rows * channels, rows * channels);
           add_rows<true>(x, x, rows, channels, params.shift, params.sums + at, params.products + at);
           if (params.least != nullptr) {
             add_extremes_rows(x, rows, channels, params.least + at, params.greatest + at);
           }
         },
-        [&](int64_t part, int64_t c, int64_t first, int64_t count) {
-          const T* x = params.input + first;
-          const int64_t at = part * channels + c;
-          add_plane<true>(x, x, count, params.shift[c], params.sums + at, params.products + at);
-          if (params.least != nullptr) add_extremes_plane(x, count, params.least + at, params.greatest + at);
+        [&](int64_t part, int64_t c, int64_t planes, int64_t first, int64_t count) {
+          for (int64_t i = 0; i < planes; ++i) {
+            const T* x = params.input + first + i * count;
+            const int64_t at = part * channels + c + i;
+            add_plane<true>(x, x, count, params.shift[c + i], params.sums + at, params.products + at);
+            if (params.least != nullptr) add_extremes_plane(x, count, params.least + at, params.greatest + at);
+          }
         });
   }
 }
@@ -230,7 +255,7 @@ void batch_norm_statistics(const BatchNormParams<T>& params, int64_t begin, int6
 // Elements of scratch that one thread's batch_norm_sums or batch_norm_input_grad needs.
 template <typename T>
 int64_t batch_norm_scratch(const BatchNormShape& shape) {
-  return 2 * std::max(kBatchNormRun, std::max(shape.channels, shape.block_lines * shape.line));
+  return 2 * std::max({kBatchNormRun, kLeastRows * shape.channels, shape.block_lines * shape.line});
 }
 
 // sums of the gradient and products with saved - shift, for tasks [begin, end).
@@ -242,16 +267,22 @@ void batch_norm_sums(const BatchNormParams<T>& params, int64_t begin, int64_t en
     for_each_run(
         params.shape, task,
         [&](int64_t part, int64_t row, int64_t rows) {
+          const int64_t count = rows * channels;
+          if (params.mask == nullptr) prefetch_run(params.grad_output + row * channels + count, count);
+          if (params.saved == Saved::exact) prefetch_run(params.input + row * channels + count, count);
           const T* grad = grad_run(params, row * channels, rows * channels, scratch);
           const T* saved = saved_run(params, row * channels, rows * channels, other);
           const int64_t at = part * channels;
           add_rows<false>(saved, grad, rows, channels, params.shift, params.sums + at, params.products + at);
         },
-        [&](int64_t part, int64_t c, int64_t first, int64_t count) {
-          const T* grad = grad_run(params, first, count, scratch);
-          const T* saved = saved_run(params, first, count, other);
-          const int64_t at = part * channels + c;
-          add_plane<false>(saved, grad, count, params.shift[c], params.sums + at, params.products + at);
+        [&](int64_t part, int64_t c, int64_t planes, int64_t first, int64_t count) {
+          const T* grad = grad_run(params, first, planes * count, scratch);
+          const T* saved = saved_run(params, first, planes * count, other);
+          for (int64_t i = 0; i < planes; ++i) {
+            const int64_t at = part * channels + c + i;
+            add_plane<false>(saved + i * count, grad + i * count, count, params.shift[c + i], params.sums + at,
+                             params.products + at);
+          }
         });
   }
 }
