@@ -19,7 +19,7 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     bfloat16, a half of the bytes, with a relative error of at most 1 / 256 in each element; "int8" in 127 steps of its
     channel's largest ``|h|``, a quarter of the bytes, rounded up or down at random so that the gradients of weight and
     bias stay unbiased. The random numbers depend on ``num_batches_tracked``, the position and the statistics alone: the
-    same step gives the same bits, on any number of threads.
+    same step gives the same bits, on any number of threads, though not on another instruction set.
 
     For float32 and float64 on the CPU, ``[N, C, H, W]``. Elsewhere, in evaluation with running statistics, and where
     weight and input differ in dtype, it is PyTorch's own.

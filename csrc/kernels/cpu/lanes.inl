@@ -51,9 +51,11 @@ template <typename T>
 inline Lanes<T> load_bytes(const uint8_t* p) {
 #if SWAT_INTRINSICS == 512
   if constexpr (sizeof(T) == 4) {
-    return reinterpret_cast<Lanes<T>>(_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<Lanes<T>>(
+        _mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   } else {
-    return reinterpret_cast<Lanes<T>>(_mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<Lanes<T>>(
+        _mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 #elif SWAT_INTRINSICS == 256
   if constexpr (sizeof(T) == 4) {
