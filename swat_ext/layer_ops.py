@@ -5,7 +5,8 @@ the order of memory, lowest bit first. "The memory format of a tensor" is channe
 contiguous, and contiguous otherwise; results lie in that of the input, and gradients too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.ops import _refuse_second_derivative
 
-__all__ = ["has_kernels", "is_channels_last", "pooled_size", "relu_"]
+__all__ = ["batch_norm", "has_kernels", "is_channels_last", "max_pool2d", "pooled_size", "relu", "relu_"]
 
 _BITS_PER_WORD = 64
 
@@ -40,6 +41,36 @@ def _empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.
 
 def _fake_bits(input: Tensor) -> Tensor:
     return input.new_empty([-(-input.numel() // _BITS_PER_WORD)], dtype=torch.int64)
+
+
+def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an operator without the detour over its registered gradient, which costs small layers more than they do."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _gradient(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a backward operator; by its own gradient, or the refusal of one, only where that may be asked for."""
+    return operator(*arguments) if torch.is_grad_enabled() else _below_autograd(operator, *arguments)
+
+
+def _registered(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the gradient of operator ``name``; returns how a layer calls it: the compiler needs the operator."""
+    operator = getattr(torch.ops.swat_ext, name)
+    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _below_autograd(operator, *inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*inputs: Any) -> Any:
+        return operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+
+    return call
 
 
 # --- ReLU -------------------------------------------------------------------------------------------------------------
@@ -69,7 +100,7 @@ def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _relu_grad(ctx, grad_output: Tensor | None, *_: object) -> Tensor | None:  # type: ignore[no-untyped-def]
     if grad_output is None:
         return None
-    return torch.ops.swat_ext.relu_backward(grad_output, *ctx.saved_tensors, ctx.channels_last)
+    return _gradient(torch.ops.swat_ext.relu_backward, grad_output, *ctx.saved_tensors, ctx.channels_last)
 
 
 def _keep_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -81,7 +112,7 @@ def _relu_grad_grad(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ig
     return torch.ops.swat_ext.relu_backward(grad, *ctx.saved_tensors, ctx.channels_last), None, None
 
 
-torch.library.register_autograd("swat_ext::relu", _relu_grad, setup_context=_save_mask)
+relu = _registered("relu", _save_mask, _relu_grad)
 torch.library.register_autograd("swat_ext::relu_backward", _relu_grad_grad, setup_context=_keep_mask)
 
 
@@ -97,7 +128,7 @@ class _InplaceReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return torch.ops.swat_ext.relu_backward(grads[0], *ctx.saved_tensors, ctx.channels_last)
+        return _gradient(torch.ops.swat_ext.relu_backward, grads[0], *ctx.saved_tensors, ctx.channels_last)
 
 
 def relu_(input: Tensor) -> Tensor:
@@ -169,12 +200,12 @@ def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-untyped-def]
     if grad_output is None:
         return (None,) * 7
-    grads = torch.ops.swat_ext.batch_norm_backward(grad_output, *ctx.saved_tensors, ctx.saved_as)
+    grads = _gradient(torch.ops.swat_ext.batch_norm_backward, grad_output, *ctx.saved_tensors, ctx.saved_as)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*wanted, None, None, None, None)
 
 
-torch.library.register_autograd("swat_ext::batch_norm", _norm_grad, setup_context=_save_norm)
+batch_norm = _registered("batch_norm", _save_norm, _norm_grad)
 _refuse_second_derivative("batch_norm_backward")
 
 
@@ -242,9 +273,9 @@ def _pool_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
     if grad_output is None:
         return (None,) * 6
     positions = ctx.saved_tensors[0]
-    grad = torch.ops.swat_ext.max_pool2d_backward(grad_output, positions, ctx.size, *ctx.geometry)
+    grad = _gradient(torch.ops.swat_ext.max_pool2d_backward, grad_output, positions, ctx.size, *ctx.geometry)
     return grad, *[None] * 5
 
 
-torch.library.register_autograd("swat_ext::max_pool2d", _pool_grad, setup_context=_save_positions)
+max_pool2d = _registered("max_pool2d", _save_positions, _pool_grad)
 _refuse_second_derivative("max_pool2d_backward")

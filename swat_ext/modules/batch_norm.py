@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
-from swat_ext.layer_ops import has_kernels
+from swat_ext.layer_ops import batch_norm, has_kernels
 
 __all__ = ["SWATBatchNorm2d"]
 
@@ -61,7 +61,7 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         # Without a gradient nothing is saved: codes would be made for nobody.
         leaves = (input, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-        output, mean, _, variance, *_ = torch.ops.swat_ext.batch_norm(
+        output, mean, _, variance, *_ = batch_norm(
             input,
             self.weight,
             self.bias,
@@ -93,8 +93,12 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         elif self.num_batches_tracked is not None:
             factor = 1.0 / self.num_batches_tracked.double()  # a tensor: a number would not trace
         for running, found in ((self.running_mean, mean), (self.running_var, variance)):
-            if running is not None:
+            if running is None:
+                continue
+            if isinstance(factor, Tensor):
                 running.mul_(1 - factor).add_(found * factor)
+            else:
+                running.mul_(1 - factor).add_(found, alpha=factor)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, saved={self._saved!r}"

@@ -2,11 +2,10 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from swat_ext.arguments import int_pair
-from swat_ext.layer_ops import has_kernels, pooled_size
+from swat_ext.layer_ops import has_kernels, max_pool2d, pooled_size
 
 __all__ = ["SWATMaxPool2d"]
 
@@ -48,5 +47,5 @@ class SWATMaxPool2d(nn.MaxPool2d):
             or min(pooled_size(input.shape, *geometry)[2:]) < 1
         ):
             return super().forward(input)
-        output: Tensor = torch.ops.swat_ext.max_pool2d(input, *geometry)[0]
+        output: Tensor = max_pool2d(input, *geometry)[0]
         return output

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from swat_ext.layer_ops import has_kernels, relu_
+from swat_ext.layer_ops import has_kernels, relu, relu_
 
 __all__ = ["SWATReLU"]
 
@@ -31,5 +31,5 @@ class SWATReLU(nn.ReLU):
         # A compiled graph has no use for in-place operations: the compiler plans the memory itself.
         if self.inplace and not torch.compiler.is_compiling():
             return relu_(input)
-        output: Tensor = torch.ops.swat_ext.relu(input)[0]
+        output: Tensor = relu(input)[0]
         return output
