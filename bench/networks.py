@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swat_ext
-from swat_ext.models import VGG, BasicBlock, Bottleneck, build_model, swap_relus_
+from swat_ext.models import VGG, BasicBlock, Bottleneck, build_model
 from swat_ext.models.densenet import DenseLayer, Transition
 from swat_ext.models.wide_resnet import PreActBlock
 
@@ -101,7 +101,7 @@ class Trainee:
 
 
 def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) -> nn.Module:
-    """A sparse copy of ``model``, channels_last, with ReLUs that keep one bit an element.
+    """A sparse copy of ``model``, channels_last.
 
     Raises:
         NotImplementedError: this version does not have ``batchnorm``.
@@ -109,7 +109,6 @@ def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) 
     model = copy.deepcopy(model)
     config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm)
     swat_ext.sparsify_(model, config)
-    swap_relus_(model)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -2,10 +2,13 @@
 
 # Kernels that know neither torch nor Python.
 CPU_KERNELS = [
+    "kernels/cpu/batch_norm.cpp",
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/dispatch.cpp",
     "kernels/cpu/gather_plan.cpp",
+    "kernels/cpu/max_pool.cpp",
     "kernels/cpu/packing.cpp",
+    "kernels/cpu/relu.cpp",
     "kernels/cpu/weight_grad_plan.cpp",
     "kernels/cpu/weight_gradient.cpp",
     "kernels/cpu/portable.cpp",
@@ -17,6 +20,7 @@ CPU_KERNELS = [
 OPS = [
     "ops/schemas.cpp",
     "ops/cpu.cpp",
+    "ops/cpu_layers.cpp",
 ]
 
 # The Python module swat_ext._C.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Backend", "SWATConfig", "check_backend", "check_period", "check_sparsity"]
+__all__ = ["Backend", "SWATConfig", "check_backend", "check_batchnorm", "check_period", "check_sparsity"]
 
 Backend = Literal["auto", "sparse", "dense"]
 
@@ -13,7 +13,7 @@ Backend = Literal["auto", "sparse", "dense"]
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "distribution": (("uniform", "erk", "momentum"), ("uniform",)),
     "granularity": (("unstructured", "kernel", "filter", "block"), ("unstructured",)),
-    "batchnorm": (("exact", "bf16", "int8"), ("exact",)),
+    "batchnorm": (("exact", "bf16", "int8"), ("exact", "bf16", "int8")),
     "backend": (get_args(Backend), get_args(Backend)),
 }
 
@@ -45,8 +45,14 @@ def check_backend(value: object) -> None:
     _check_name("backend", value)
 
 
-def _check_name(name: str, value: object) -> None:
-    known, available = _NAMES[name]
+def check_batchnorm(name: str, value: object) -> None:
+    """Raise ValueError, naming ``name``, unless ``value`` is "exact", "bf16" or "int8"."""
+    _check_name("batchnorm", value, name)
+
+
+def _check_name(kind: str, value: object, name: str | None = None) -> None:
+    known, available = _NAMES[kind]
+    name = name or kind
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
     if value not in available:
@@ -68,8 +74,10 @@ class SWATConfig:
         topk_period: optimizer steps from one selection of a threshold to the next, at least 1. Published: 10 or 20 for
             CIFAR, 5 for ImageNet.
         skip: name patterns (:mod:`fnmatch`, case matters) of layers to leave dense. None leaves the first convolution
-            dense under "uniform", as the paper does; an empty tuple leaves none.
-        batchnorm: how BatchNorm keeps its input; "exact" leaves BatchNorm alone.
+            dense under "uniform", as the paper does; an empty tuple leaves none. A layer without weights that a pattern
+            matches stays PyTorch's own.
+        batchnorm: what BatchNorm keeps for its backward pass; "exact" its input, "bf16" and "int8" the normalised input
+            in two bytes or in one. See :class:`swat_ext.SWATBatchNorm2d`.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to time
             both at a layer's first input of each shape and keep the faster.
 

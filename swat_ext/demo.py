@@ -20,7 +20,7 @@ from torch import nn
 from swat_ext import _C
 from swat_ext.config import SWATConfig
 from swat_ext.data import Data, Textures
-from swat_ext.models import resnet18, swap_relus_
+from swat_ext.models import resnet18
 from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.table import human_bytes, human_count, render
@@ -222,7 +222,6 @@ def compare(
     dense = resnet18(data.num_classes, in_channels=data.shape[0], width=width)
     swat = copy.deepcopy(dense)
     sparsify_(swat, config)
-    swap_relus_(swat)
 
     layout = _faster_layout(dense, data, recipe)
     activations = config.sparsity if config.activation_sparsity is None else config.activation_sparsity

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from swat_ext.models.relu import BitReLU
 from swat_ext.modules import SWATLayer
+from swat_ext.modules.around import become_plain, is_around_form
 from swat_ext.peak import Peak, device_of
 from swat_ext.saved import OUTSIDE, SavedRecorder, Saver, tensors_in
 from swat_ext.shapes import copy_model, on_meta
@@ -362,7 +362,7 @@ def _kind(saver: Saver) -> str:
 def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]) -> tuple[dict[_Row, int] | None, str]:
     """What each row would hold if the network were dense, or None, and how that was found."""
     sparse = any(isinstance(module, SWATLayer) for module in model.modules())
-    if not sparse and not any(type(module) is BitReLU for module in model.modules()):
+    if not sparse and not any(is_around_form(module) for module in model.modules()):
         return dict(held), "the model is dense"
     if any(call.autocast for call in calls):
         return None, "not known under autocast"
@@ -371,8 +371,7 @@ def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]
         twin = to_dense(model) if sparse else copy.copy(model)
         twin = copy_model(twin, on_meta)
         for module in twin.modules():
-            if type(module) is BitReLU:
-                module.__class__ = nn.ReLU  # type: ignore[assignment]
+            become_plain(module)
         with torch.random.fork_rng(devices=[]), SavedRecorder(twin) as recorder:
             results = []
             for call in calls:
@@ -381,7 +380,7 @@ def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]
     except Exception as error:  # on shapes alone a model may fail in any way
         return None, f"not known, as the dense model does not run on shapes alone ({type(error).__name__}: {error})"
     rows = {row: found.nbytes for row, found in _rows(twin, recorder).items()}
-    return rows | outside, "the same model with dense layers and plain ReLUs, run on shapes alone"
+    return rows | outside, "the same model with plain torch.nn layers, run on shapes alone"
 
 
 def _shapes_alone(value: Any) -> Any:

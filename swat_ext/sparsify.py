@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from swat_ext.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.config import SWATConfig
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
+from swat_ext.modules.around import become_around, become_plain, has_around_form
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "sparsify_", "survey", "to_dense"]
 
@@ -45,14 +46,18 @@ class Sparsified:
         swapped: names of the layers that are sparse now.
         skipped: layers left dense by choice (``config.skip``).
         impossible: layers that cannot be made sparse.
+        around: names of the layers without matrices of weights that have a leaner form now.
     """
 
     swapped: tuple[str, ...]
     skipped: tuple[LeftDense, ...]
     impossible: tuple[LeftDense, ...]
+    around: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} layer{'s' * (len(self.swapped) != 1)} made sparse"]
+        if self.around:
+            lines[0] += f", {len(self.around)} around them made leaner"
         for title, layers in (("Left dense by choice", self.skipped), ("Cannot be made sparse", self.impossible)):
             if layers:
                 lines += [f"{title}:", *_lines(layers)]
@@ -94,6 +99,10 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     layer that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in
     the result.
 
+    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU`` or
+    ``nn.MaxPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
+    pattern of ``config.skip`` that matches one leaves it as it is.
+
     Args:
         model: any module, on any device that its layers will run on; nothing in it may be sparse already.
         config: what to do.
@@ -103,7 +112,7 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a pattern of ``config.skip`` matches no layer, or no layer at all would become sparse.
+        ValueError: a pattern of ``config.skip`` matches none of these layers, or none at all would become sparse.
         RuntimeError: ``model`` has sparse layers already.
         In each case the model is as it was.
     """
@@ -118,7 +127,8 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
                 f"model: layer {layer.name!r} is sparse already; set the attributes of its layers to change them, "
                 "or start from swat_ext.to_dense(model)"
             )
-    skipped = _skipped(layers, config)
+    around = _around(model)
+    skipped = _skipped(layers, around, config)
     targets = [layer for layer in layers if layer.obstacle is None and layer.name not in skipped]
     left = {layer.name: layer for layer in layers}
     by_choice = tuple(left[name].left_dense(reason) for name, reason in skipped.items())
@@ -131,13 +141,16 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
 
     for layer in targets:
         _swap(layer.module, config)
+    slim = [(module, names[0]) for module, names in around.items() if not _matched(names, config.skip or ())]
+    for module, _ in slim:
+        become_around(module, config.batchnorm)
     for name, reason in skipped.items():
         setattr(left[name].module, _REASON, reason)
     if impossible:
         warnings.warn(
             "sparsify_ leaves these layers dense:\n" + "\n".join(_lines(impossible)), SparsifyWarning, stacklevel=2
         )
-    return Sparsified(tuple(layer.name for layer in targets), by_choice, impossible)
+    return Sparsified(tuple(layer.name for layer in targets), by_choice, impossible, tuple(name for _, name in slim))
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -158,6 +171,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     for module in list(dense.modules()):
         if isinstance(module, SWATLayer):
             module._become_dense(known)
+        become_plain(module)
         module.__dict__.pop(_REASON, None)
     del originals
     return dense
@@ -165,9 +179,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def survey(model: nn.Module) -> Iterator[Surveyed]:
     """Every layer of ``model`` that multiplies by weights, once, in the order of registration."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = _names(model)
     fused = {
         id(inner): "nn.TransformerEncoderLayer reads its weight without calling it when evaluating"
         for module in names
@@ -180,6 +192,22 @@ def survey(model: nn.Module) -> Iterator[Surveyed]:
         elif _multiplies(module):
             obstacle = _obstacle(module) or fused.get(id(module))
             yield Surveyed(tuple(known), module, obstacle, module.__dict__.get(_REASON))
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of ``model`` in the order of registration, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _around(model: nn.Module) -> dict[nn.Module, list[str]]:
+    return {module: names for module, names in _names(model).items() if has_around_form(module)}
+
+
+def _matched(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _multiplies(module: nn.Module) -> bool:
@@ -223,7 +251,7 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _skipped(layers: list[Surveyed], config: SWATConfig) -> dict[str, str]:
+def _skipped(layers: list[Surveyed], around: dict[nn.Module, list[str]], config: SWATConfig) -> dict[str, str]:
     """Names of the layers to leave dense by choice, with the reason."""
     if config.skip is None:
         first = next((layer for layer in layers if isinstance(layer.module, nn.Conv2d)), None)
@@ -232,8 +260,8 @@ def _skipped(layers: list[Surveyed], config: SWATConfig) -> dict[str, str]:
         return {first.name: "the first convolution (skip=None)"}
     skipped: dict[str, str] = {}
     for pattern in config.skip:
-        matches = [layer for layer in layers if any(fnmatchcase(name, pattern) for name in layer.names)]
-        if not matches:
+        matches = [layer for layer in layers if _matched(layer.names, [pattern])]
+        if not matches and not any(_matched(names, [pattern]) for names in around.values()):
             inside = any(name.startswith(f"{pattern}.") for layer in layers for name in layer.names)
             hint = f"; for the layers inside it write {pattern + '.*'!r}" if inside else ""
             known = ", ".join(repr(layer.name) for layer in layers[:5]) + (", ..." if len(layers) > 5 else "")

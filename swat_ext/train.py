@@ -12,7 +12,7 @@ from torch import nn
 
 from swat_ext.config import SWATConfig
 from swat_ext.data import DATA, Data, load_data
-from swat_ext.models import MODELS, STEMS, build_model, swap_relus_
+from swat_ext.models import MODELS, STEMS, build_model
 from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.training import CHECKPOINT, RECIPES, Diverged, Recipe, Trainer, load_checkpoint, recipe_for
@@ -180,7 +180,6 @@ def _build(settings: dict[str, Any], data: Data) -> nn.Module:
             backend=settings["backend"],
         )
         sparsify_(model, config)
-        swap_relus_(model)
     return model
 
 

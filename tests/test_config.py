@@ -64,8 +64,6 @@ def test_a_wrong_period_is_refused(value, error):
         ("granularity", "kernel", "unstructured"),
         ("granularity", "filter", "unstructured"),
         ("granularity", "block", "unstructured"),
-        ("batchnorm", "bf16", "exact"),
-        ("batchnorm", "int8", "exact"),
     ],
 )
 def test_what_is_not_there_yet_says_what_is(name, value, available):

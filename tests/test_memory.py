@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swat_ext
 from swat_ext import MemoryProfile, SWATConfig, profile_memory, sparsify_
-from swat_ext.models import MODELS, build_model, swap_relus_
+from swat_ext.models import MODELS, build_model
 from swat_ext.training import saved_bytes
 
 SIZE = (4, 3, 8, 8)
@@ -41,7 +41,6 @@ def test_the_sum_is_what_is_saved_and_dense_is_the_dense_network(name: str, spar
     dense = saved_bytes(lambda: model(x), exclude=[*model.parameters(), *model.buffers(), x])
     if sparse:
         sparsify_(model, SWATConfig(0.9))
-        swap_relus_(model)
     profile = profile_memory(model, x)
     assert profile.held_bytes == saved_bytes(lambda: model(x), exclude=[*model.parameters(), *model.buffers(), x])
     assert profile.dense_bytes == dense
@@ -97,10 +96,9 @@ def test_functions_called_by_a_container_are_named() -> None:
 def test_dense_follows_who_would_have_saved_first() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
     sparsify_(model, SWATConfig(0.9, skip=()))
-    swap_relus_(model)
     profile = profile_memory(model, _input())
     rows = {layer.name: layer for layer in profile.layers}
-    assert rows["1"].kind == "BitReLU"
+    assert rows["1"].kind == "SWATReLU"
     assert [layer.name for layer in profile.layers] == ["0", "1", "2", "3"]  # all sparse, the last one's ReLU too
     assert rows["1"].dense_bytes == 4 * 4 * 8 * 36
     assert rows["1"].held_bytes == 4 * 8 * 36 // 8
@@ -353,11 +351,16 @@ def test_report_says_what_other_modules_hold_and_what_stays_dense() -> None:
     sparsify_(model, SWATConfig(0.9))
     found = swat_ext.report(model, SIZE)
     numel = 4 * 8 * 64
-    assert found.outside == {"BatchNorm2d": (1, 4 * (numel + 16)), "ReLU": (1, 4 * numel), "GELU": (1, 4 * numel)}
+    assert found.outside is not None
+    assert found.outside["SWATReLU"] == (1, numel // 8)
+    assert found.outside["GELU"] == (1, 4 * numel)
+    calls, held = found.outside["SWATBatchNorm2d"]
+    assert calls == 1
+    assert 4 * numel < held <= 4 * numel + 24 * 8  # and statistics of each channel
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert found.parameter_bytes == found.gradient_bytes == parameters
     text = str(found)
-    assert "Held by other modules, 24.1 KiB:" in text
+    assert "Held by other modules, 16." in text
     assert "Dense as ever: parameters" in text
     model[0].requires_grad_(False)
     without = swat_ext.report(model)

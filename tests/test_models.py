@@ -1,27 +1,11 @@
-"""The networks, and the ReLU that keeps one bit an element."""
-
-import copy
+"""The networks."""
 
 import pytest
 import torch
 from torch import nn
 
 from swat_ext import SWATConfig, sparsify_
-from swat_ext.models import (
-    MODELS,
-    STEMS,
-    BitReLU,
-    WideResNet,
-    build_model,
-    densenet121,
-    resnet18,
-    resnet50,
-    swap_relus_,
-    vgg16,
-    wrn16_8,
-)
-from swat_ext.models.relu import pack_bits, unpack_bits
-from swat_ext.training import saved_bytes
+from swat_ext.models import MODELS, STEMS, WideResNet, build_model, densenet121, resnet18, resnet50, vgg16, wrn16_8
 
 
 def _parameters(model: nn.Module) -> int:
@@ -47,7 +31,6 @@ def test_every_network_trains_sparse(name: str, stem: str) -> None:
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 2, side, side)).shape == (1, 7)
     sparsify_(model.train(), SWATConfig(0.9))
-    swap_relus_(model)
     assert not any(type(module) is nn.ReLU for module in model.modules())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     images = torch.randn(4, 2, side, side).to(memory_format=torch.channels_last)
@@ -120,97 +103,3 @@ def test_a_stem_that_a_network_lacks_is_an_error() -> None:
 def test_unknown_model_is_an_error() -> None:
     with pytest.raises(ValueError, match="resnet18, resnet50, vgg16, wrn16_8, got 'resnet19'"):
         build_model("resnet19", 10, in_channels=3, stem="cifar")
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1001])
-def test_bits_round_trip(count: int, generator: torch.Generator) -> None:
-    flags = torch.rand(count, generator=generator) < 0.5
-    bits = pack_bits(flags)
-    assert bits.dtype == torch.uint8
-    assert len(bits) == -(-count // 8)
-    assert [bool(bits[i // 8] >> i % 8 & 1) for i in range(count)] == flags.tolist()
-    assert torch.equal(unpack_bits(bits, count), -flags.to(torch.int8))
-
-
-def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
-    wide[..., ::2] = x
-    return {
-        "contiguous": x,
-        "channels_last": x.to(memory_format=torch.channels_last),
-        "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
-        "strided": wide[..., ::2],
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
-@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last"])
-def test_bit_relu_is_relu(
-    dtype: torch.dtype, inplace: bool, layout: str, grad_layout: str, generator: torch.Generator
-) -> None:
-    x = torch.randn(3, 5, 4, 7, generator=generator).to(dtype)
-    x.view(-1)[:6] = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-38])
-    grad = torch.randn(3, 5, 4, 7, generator=generator).to(dtype)
-    grad.view(-1)[-8:] = float("inf")
-    results = []
-    for relu in (nn.ReLU(inplace), BitReLU(inplace)):
-        leaf = _layouts(x)[layout].clone(memory_format=torch.preserve_format).requires_grad_()
-        inner = leaf * 1
-        output = relu(inner)
-        assert (output.data_ptr() == inner.data_ptr()) == inplace
-        output.backward(_layouts(grad)[grad_layout])
-        results.append((output.detach(), leaf.grad))
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_bit_relu_saves_one_bit_an_element() -> None:
-    x = torch.randn(4, 8, 16, 16, requires_grad=True)
-    assert saved_bytes(lambda: nn.ReLU()(x)) == 4 * x.numel()
-    assert saved_bytes(lambda: BitReLU()(x)) == x.numel() // 8
-
-
-def test_bit_relu_has_a_second_derivative() -> None:
-    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda v: BitReLU()(v) ** 3, (x,))
-
-
-def test_bit_relu_compiles() -> None:
-    relu = torch.compile(BitReLU(inplace=True), fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 5, 5, requires_grad=True)
-    relu(x * 1).sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, (x > 0).float())
-
-
-def test_bit_relu_without_gradients_is_plain() -> None:
-    x = torch.randn(3, 3)
-    with torch.no_grad():
-        assert torch.equal(BitReLU()(x), x.clamp(min=0))
-
-
-def test_swap_relus_takes_plain_ones_alone() -> None:
-    model = nn.Sequential(nn.ReLU(True), nn.ReLU6(), nn.Sequential(nn.ReLU()), nn.LeakyReLU())
-    assert swap_relus_(model) == 2
-    assert type(model[0]) is BitReLU
-    assert model[0].inplace
-    assert type(model[1]) is nn.ReLU6
-    assert swap_relus_(model) == 0
-
-
-def test_a_sparse_network_holds_less_only_with_bit_relus() -> None:
-    torch.manual_seed(0)
-    dense = resnet18(10, width=0.25).to(memory_format=torch.channels_last)
-    swat = copy.deepcopy(dense)
-    sparsify_(swat, SWATConfig(0.9))
-    lean = copy.deepcopy(swat)
-    swap_relus_(lean)
-    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
-
-    def held(model: nn.Module) -> int:
-        return saved_bytes(lambda: model(images).sum(), exclude=[*model.parameters(), *model.buffers()])
-
-    assert held(lean) < 0.75 * held(dense) < held(swat)
-    torch.testing.assert_close(lean(images), swat(images), rtol=0, atol=0)

@@ -100,7 +100,70 @@ def _selections() -> list[tuple[Any, ...]]:
     return samples
 
 
+def _relus() -> list[tuple[Any, ...]]:
+    samples = [_randn(3, 5), _randn(2, 3, 5, 7, requires_grad=True), _randn(0, 4), _randn(9, dtype=torch.float64)]
+    last = _randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
+    return [(sample,) for sample in (*samples, last, last.clone().requires_grad_())]
+
+
+def _relu_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for channels_last in (False, True):
+        grad = _randn(2, 3, 5, 7, requires_grad=True)
+        samples.append((grad, torch.ops.swat_ext.relu(_randn(2, 3, 5, 7) + 1)[1], channels_last))
+    return samples
+
+
+def _norms() -> list[tuple[Any, ...]]:
+    """Arguments of batch_norm: layouts, forms of what is saved, with and without affine parameters and ReLU."""
+    samples: list[tuple[Any, ...]] = []
+    for saved, relu, channels_last, affine, requires_grad in (
+        ("exact", False, False, True, True),
+        ("exact", True, True, True, True),
+        ("bf16", False, True, False, True),
+        ("int8", True, False, True, True),
+        ("int8", False, True, True, False),
+    ):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        input = _randn(3, 5, 4, 2).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
+        weight, bias = [_randn(5, requires_grad=requires_grad) if affine else None for _ in range(2)]
+        samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3), relu))
+    return [*samples, (_randn(7, 5, requires_grad=True), None, None, 1e-5, "exact", None, False)]
+
+
+def _norm_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, weight, bias, eps, saved, seed, relu in _norms():
+        found = torch.ops.swat_ext.batch_norm(input.detach(), weight, bias, eps, saved, seed, relu)
+        _, mean, invstd, _, codes, scale, mask = (tensor.detach() for tensor in found)
+        weight = None if weight is None else weight.detach()
+        kept = input.detach() if saved == "exact" else codes
+        scales, masks = scale if saved == "int8" else None, mask if relu else None
+        grad = _randn(*input.shape)
+        samples.append((grad, kept, scales, mean, invstd, weight, masks, saved))
+    return samples
+
+
+def _pools() -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for channels_last, ceil_mode, requires_grad in ((False, True, True), (True, False, True), (True, True, False)):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        input = _randn(2, 3, 8, 7).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
+        samples.append((input, [3, 2], [2, 3], [1, 0], [1, 2], ceil_mode))
+    return samples
+
+
+def _pool_grads() -> list[tuple[Any, ...]]:
+    samples = []
+    for input, *geometry in _pools():
+        output, positions = torch.ops.swat_ext.max_pool2d(input.detach(), *geometry)
+        samples.append((torch.ones_like(output), positions, input.shape, *geometry))
+    return samples
+
+
 _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "batch_norm": _norms,
+    "batch_norm_backward": _norm_grads,
     "compress": _compressions,
     "conv2d": _convolutions,
     "conv2d_input_grad": _input_grads,
@@ -110,6 +173,11 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "masked_conv2d": _convolutions,
     "masked_conv2d_input_grad": _input_grads,
     "masked_conv2d_weight_grad": _weight_grads,
+    "max_pool2d": _pools,
+    "max_pool2d_backward": _pool_grads,
+    "relu": _relus,
+    "relu_": lambda: [(sample.detach(),) for (sample,) in _relus()],
+    "relu_backward": _relu_grads,
     "select": _selections,
 }
 

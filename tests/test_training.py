@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swat_ext import SWATConfig, SWATLayer, sparsify_, train
 from swat_ext.data import Synthetic
-from swat_ext.models import resnet18, swap_relus_
+from swat_ext.models import resnet18
 from swat_ext.training import (
     CHECKPOINT,
     LOG,
@@ -50,7 +50,6 @@ def _model(sparse: bool) -> nn.Module:
     model = resnet18(3, in_channels=2, width=0.125)
     if sparse:
         sparsify_(model, SWATConfig(0.8, 0.7, topk_period=3))
-        swap_relus_(model)
     return model
 
 

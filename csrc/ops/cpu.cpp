@@ -10,36 +10,12 @@
 #include "../kernels/cpu/convolution.h"
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
-#include "../kernels/cpu/pages.h"
 #include "convolution_checks.h"
+#include "cpu_common.h"
 #include "library.h"
 
 namespace swat {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-
-// torch's own threads, so that torch.set_num_threads holds.
-cpu::Parallel torch_threads() {
-  return {[](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-            torch::stable::parallel_for(0, count, grain, body);
-          },
-          static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-// Call f<T>() for the tensor's dtype.
-template <typename F>
-auto dispatch(const char* name, const Tensor& tensor, F&& f) {
-  check_dtype(name, tensor);
-  return tensor.scalar_type() == ScalarType::Float ? f.template operator()<float>() : f.template operator()<double>();
-}
-
-Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
-  Tensor tensor = torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
-                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  cpu::prefer_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
-}
 
 template <typename T, typename Data>
 ImageView<T> image(const Tensor& tensor, Data* data) {

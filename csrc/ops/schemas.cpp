@@ -22,4 +22,21 @@ SWAT_LIBRARY(m) {
       "conv2d_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[4] input_size, "
       "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, *, "
       "bool allow_tf32=False) -> Tensor");
+  m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
+  m.def("relu_(Tensor(a!) input) -> Tensor mask");
+  m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str saved, Tensor? seed, bool relu) -> "
+      "(Tensor "
+      "output, Tensor mean, Tensor invstd, Tensor variance, Tensor codes, Tensor scale, Tensor relu_mask)");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor saved, Tensor? scale, Tensor mean, Tensor invstd, Tensor? "
+      "weight, "
+      "Tensor? relu_mask, str saved_as) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool "
+      "ceil_mode) -> (Tensor output, Tensor positions)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor positions, SymInt[4] input_size, SymInt[2] kernel_size, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode) -> Tensor");
 }

@@ -2,7 +2,6 @@
 
 from swat_ext.models.densenet import DenseNet, densenet121
 from swat_ext.models.registry import MODELS, STEMS, build_model
-from swat_ext.models.relu import BitReLU, swap_relus_
 from swat_ext.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
 from swat_ext.models.vgg import VGG, vgg16
 from swat_ext.models.wide_resnet import WideResNet, wrn16_8
@@ -12,7 +11,6 @@ __all__ = [
     "STEMS",
     "VGG",
     "BasicBlock",
-    "BitReLU",
     "Bottleneck",
     "DenseNet",
     "ResNet",
@@ -21,7 +19,6 @@ __all__ = [
     "densenet121",
     "resnet18",
     "resnet50",
-    "swap_relus_",
     "vgg16",
     "wrn16_8",
 ]

@@ -1,7 +1,10 @@
-"""Layers that train sparse: drop-in forms of :class:`torch.nn.Conv2d` and :class:`torch.nn.Linear`."""
+"""Drop-in forms of torch.nn's layers: Conv2d and Linear that train sparse, and leaner ones around them."""
 
 from swat_ext.modules.base import SWATLayer
+from swat_ext.modules.batch_norm import SWATBatchNorm2d
 from swat_ext.modules.conv import SWATConv2d
 from swat_ext.modules.linear import SWATLinear
+from swat_ext.modules.max_pool import SWATMaxPool2d
+from swat_ext.modules.relu import SWATReLU
 
-__all__ = ["SWATConv2d", "SWATLayer", "SWATLinear"]
+__all__ = ["SWATBatchNorm2d", "SWATConv2d", "SWATLayer", "SWATLinear", "SWATMaxPool2d", "SWATReLU"]

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "buffer.h"
 #include "dispatch.h"
+#include "layer_params.h"
 #include "params.h"
 #include "table.h"

@@ -4,14 +4,19 @@
 #include "vec.inl"
 //
 #include "bitmap.inl"
+#include "lanes.inl"
 //
 #include "activation_lists.inl"
 //
 #include "compress.inl"
 #include "gather_conv.inl"
 #include "magnitude.inl"
+#include "relu.inl"
 #include "weight_grad.inl"
 #include "weight_list.inl"
+//
+#include "batch_norm.inl"
+#include "max_pool.inl"
 
 template <typename T>
 constexpr Kernels<T> kernels_of() {
@@ -32,6 +37,15 @@ constexpr Kernels<T> kernels_of() {
       .tap_kernel = tap_kernel<T>,
       .weight_grad_slice = weight_grad_slice<T>,
       .weight_grad_reduce = weight_grad_reduce<T>,
+      .relu_words = relu_words<T>,
+      .mask_words = mask_words<T>,
+      .batch_norm_scratch = batch_norm_scratch<T>,
+      .batch_norm_statistics = batch_norm_statistics<T>,
+      .batch_norm_normalise = batch_norm_normalise<T>,
+      .batch_norm_sums = batch_norm_sums<T>,
+      .batch_norm_input_grad = batch_norm_input_grad<T>,
+      .max_pool_rows = max_pool_rows<T>,
+      .max_pool_input_grad = max_pool_input_grad<T>,
   };
 }
 

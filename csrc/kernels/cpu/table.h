@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "layer_params.h"
 #include "params.h"
 
 namespace swat::cpu {
@@ -51,6 +52,23 @@ struct Kernels {
   void (*weight_grad_slice)(const WeightGradParams<T>& params, int64_t slice, int64_t begin, int64_t end,
                             WeightGradScratch<T>& scratch);
   void (*weight_grad_reduce)(const WeightGradParams<T>& params, int64_t begin, int64_t end);
+
+  // relu.inl: words of 64 elements
+  void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
+  void (*mask_words)(const T* input, const uint64_t* words, int64_t numel, int64_t begin, int64_t end, T* output);
+
+  // batch_norm.inl: tasks of the sums, blocks of the elements
+  int64_t (*batch_norm_scratch)(const BatchNormShape& shape);
+  void (*batch_norm_statistics)(const BatchNormParams<T>& params, int64_t begin, int64_t end);
+  void (*batch_norm_normalise)(const BatchNormParams<T>& params, int64_t begin, int64_t end);
+  void (*batch_norm_sums)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
+  void (*batch_norm_input_grad)(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch);
+
+  // max_pool.inl: rows of the output; rows of the input, or planes if contiguous
+  void (*max_pool_rows)(const MaxPoolShape& shape, const T* input, int64_t begin, int64_t end, T* output,
+                        uint8_t* positions);
+  void (*max_pool_input_grad)(const MaxPoolShape& shape, const T* grad_output, const uint8_t* positions, int64_t begin,
+                              int64_t end, T* grad_input);
 };
 
 struct KernelTable {
