@@ -12,13 +12,16 @@ namespace swat::cpu {
 
 inline constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
 
+// The C library maps what is larger anew each time (glibc's largest M_MMAP_THRESHOLD); smaller buffers it mostly reuses, and there
+// large pages would only be cleared more often.
+inline constexpr size_t kMappedBytes = size_t{32} << 20;
+
 // Ask the system to back the whole large pages inside [data, data + bytes) by such; a hint that may be refused.
 //
-// Pages of 4 KiB cost about as much to fault in as a convolution to compute. Nothing outside of the range changes, and memory that
-// is in use already stays as it is.
+// Pages of 4 KiB can cost more to fault in than the result to compute. Nothing outside of the range changes.
 inline void prefer_large_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  if (bytes < 2 * kLargePage) return;
+  if (bytes < kMappedBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
