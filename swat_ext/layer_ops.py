@@ -178,6 +178,8 @@ def _(
     weight: Tensor | None,
     relu_mask: Tensor | None,
     saved_as: str,
+    bias: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = saved.shape[1]
     grad_input = _empty(grad_output, saved.shape, is_channels_last(saved))
@@ -185,8 +187,9 @@ def _(
 
 
 def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, weight, _, _, saved, _, relu = inputs
+    input, weight, bias, _, saved, _, relu = inputs
     _, mean, invstd, variance, codes, scale, mask = output
+    finds_sign = saved == "exact" and input.device.type != "cuda"
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, invstd, variance, codes, scale, mask)
     ctx.save_for_backward(
@@ -195,15 +198,20 @@ def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         mean,
         invstd,
         weight,
-        mask if relu else None,
+        # From the exact input the CPU's kernels find the ReLU's sign again.
+        mask if relu and not finds_sign else None,
+        bias if relu and finds_sign else None,
     )
     ctx.saved_as = saved
+    ctx.relu = relu
 
 
 def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-untyped-def]
     if grad_output is None:
         return (None,) * 7
-    grads = _gradient(torch.ops.swat_ext.batch_norm_backward, grad_output, *ctx.saved_tensors, ctx.saved_as)
+    *saved, bias = ctx.saved_tensors
+    backward = torch.ops.swat_ext.batch_norm_backward
+    grads = _gradient(backward, grad_output, *saved, ctx.saved_as, bias, ctx.relu)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*wanted, None, None, None, None)
 

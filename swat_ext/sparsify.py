@@ -14,6 +14,7 @@ from swat_ext.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.config import SWATConfig
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 from swat_ext.modules.around import become_around, become_plain, has_around_form
+from swat_ext.modules.fusion import fuse_relus
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "sparsify_", "survey", "to_dense"]
 
@@ -99,8 +100,8 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     layer that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in
     the result.
 
-    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU`` or
-    ``nn.MaxPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
+    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``,
+    ``nn.MaxPool2d`` or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
     pattern of ``config.skip`` that matches one leaves it as it is.
 
     Args:
@@ -144,6 +145,7 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     slim = [(module, names[0]) for module, names in around.items() if not _matched(names, config.skip or ())]
     for module, _ in slim:
         become_around(module, config.batchnorm)
+    fuse_relus(model)
     for name, reason in skipped.items():
         setattr(left[name].module, _REASON, reason)
     if impossible:

@@ -38,7 +38,13 @@ def _ours(
     )
     kept = x if saved == "exact" else codes
     scales, masks = scale if saved == "int8" else None, mask if relu else None
-    grads = torch.ops.swat_ext.batch_norm_backward(grad, kept, scales, mean, invstd, weight, masks, saved)
+    backward = torch.ops.swat_ext.batch_norm_backward
+    grads = backward(grad, kept, scales, mean, invstd, weight, masks, saved)
+    if relu and saved == "exact":
+        # The sign found again from the input is that of the mask, bit for bit.
+        again = backward(grad, kept, scales, mean, invstd, weight, None, saved, bias=bias, relu=True)
+        for mine, other in zip(grads, again, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
     return [output, mean, invstd, variance, *grads]
 
 
@@ -286,3 +292,7 @@ def test_wrong_arguments_are_named() -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             backward(*arguments)
+    with pytest.raises(RuntimeError, match="relu_mask: expected a tensor for 'int8' with relu"):
+        backward(output, codes, scale, mean, invstd, weight, None, "int8", relu=True)
+    with pytest.raises(RuntimeError, match=r"bias: expected size \[3\]"):
+        backward(output, x, None, mean, invstd, weight, None, "exact", bias=weight[:2], relu=True)

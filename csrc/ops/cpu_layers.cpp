@@ -150,7 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                                        const std::optional<Tensor>& scale, const Tensor& mean,
                                                        const Tensor& invstd, const std::optional<Tensor>& weight,
                                                        const std::optional<Tensor>& relu_mask,
-                                                       const std::string& saved_as) {
+                                                       const std::string& saved_as, const std::optional<Tensor>& bias,
+                                                       bool relu) {
   return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
     const ScalarType dtype = grad_output.scalar_type();
     const cpu::Saved form = saved_form("saved_as", saved_as);
@@ -165,7 +166,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     const std::optional<Tensor> weights = per_channel("weight", weight, dtype, shape.channels);
     const Tensor means = *per_channel("mean", mean, ScalarType::Double, shape.channels);
     const Tensor invstds = *per_channel("invstd", invstd, ScalarType::Double, shape.channels);
+    const std::optional<Tensor> biases = per_channel("bias", bias, dtype, shape.channels);
     if (relu_mask) check_bits("relu_mask", *relu_mask, shape.numel());
+    STD_TORCH_CHECK(!relu || relu_mask || form == cpu::Saved::exact, "relu_mask: expected a tensor for '", saved_as,
+                    "' with relu, got None");
     const Tensor values = torch::stable::contiguous(saved, memory_format(last));
     const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));
     Tensor grad_input = empty(sizes(saved), dtype, last);
@@ -178,7 +182,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                  .mean = means.const_data_ptr<double>(),
                                  .invstd = invstds.const_data_ptr<double>(),
                                  .weight = data_or_null<T>(weights),
-                                 .mask = relu_mask ? read_words(*relu_mask) : nullptr},
+                                 .bias = data_or_null<T>(biases),
+                                 .mask = relu_mask ? read_words(*relu_mask) : nullptr,
+                                 .rectified = relu && !relu_mask},
                                 grad_input.mutable_data_ptr<T>(), grad_weight.mutable_data_ptr<T>(),
                                 grad_bias.mutable_data_ptr<T>());
     return {grad_input, grad_weight, grad_bias};

@@ -32,7 +32,9 @@ SWAT_LIBRARY(m) {
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor saved, Tensor? scale, Tensor mean, Tensor invstd, Tensor? "
       "weight, "
-      "Tensor? relu_mask, str saved_as) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor? relu_mask, str saved_as, Tensor? bias=None, bool relu=False) -> (Tensor grad_input, Tensor "
+      "grad_weight, "
+      "Tensor grad_bias)");
   m.def(
       "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool "
       "ceil_mode) -> (Tensor output, Tensor positions)");

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from swat_ext.modules.avg_pool import SWATAvgPool2d
 from swat_ext.modules.batch_norm import SWATBatchNorm2d
 from swat_ext.modules.max_pool import SWATMaxPool2d
 from swat_ext.modules.relu import SWATReLU
@@ -9,6 +10,7 @@ from swat_ext.modules.relu import SWATReLU
 __all__ = ["become_around", "become_plain", "has_around_form", "is_around_form"]
 
 _FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.AvgPool2d: SWATAvgPool2d,
     nn.BatchNorm2d: SWATBatchNorm2d,
     nn.MaxPool2d: SWATMaxPool2d,
     nn.ReLU: SWATReLU,
@@ -40,5 +42,6 @@ def become_around(module: nn.Module, batchnorm: str) -> None:
 def become_plain(module: nn.Module) -> None:
     """Undo :func:`become_around`; a module of another kind stays as it is."""
     if is_around_form(module):
-        module.__dict__.pop("_saved", None)
+        for name in ("_saved", "_rectifies", "_marked"):
+            module.__dict__.pop(name, None)
         module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """A batch normalisation that is fast in channels_last, and may keep a quarter of its input for the backward pass."""
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
 from swat_ext.layer_ops import batch_norm, has_kernels
+from swat_ext.modules.rectified import mark
 
 __all__ = ["SWATBatchNorm2d"]
 
@@ -20,6 +22,9 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     channel's largest ``|h|``, a quarter of the bytes, rounded up or down at random so that the gradients of weight and
     bias stay unbiased. The random numbers depend on ``num_batches_tracked``, the position and the statistics alone: the
     same step gives the same bits, on any number of threads, though not on another instruction set.
+
+    Where :func:`swat_ext.sparsify_` finds that a ReLU alone reads the output, the layer computes that too while it
+    learns, unless it has hooks; the ReLU then passes its input on.
 
     For float32 and float64 on the CPU, ``[N, C, H, W]``. Elsewhere, in evaluation with running statistics, and where
     weight and input differ in dtype, it is PyTorch's own.
@@ -36,6 +41,9 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     dense_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
 
     _saved: str = "exact"
+    # Set by sparsify_ where a ReLU alone reads the output; then the mark on the last output.
+    _rectifies: bool = False
+    _marked: list[bool] | None = None
 
     def __init__(self, *args: Any, saved: str = "exact", **keywords: Any) -> None:
         check_batchnorm("saved", saved)
@@ -61,6 +69,7 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         # Without a gradient nothing is saved: codes would be made for nobody.
         leaves = (input, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        rectify = self._rectifies and learns and self._may_rectify()
         output, mean, _, variance, *_ = batch_norm(
             input,
             self.weight,
@@ -68,11 +77,29 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
             self.eps,
             self._saved if learns else "exact",
             self.num_batches_tracked,
-            False,
+            rectify,
         )
         if tracks:
             self._track(mean, variance)
+        if rectify:
+            self._marked = mark(output)
         return output
+
+    def _may_rectify(self) -> bool:
+        """Whether the ReLU will know that it has nothing to do, and nobody else looks at the output before."""
+        # A library's own hooks look at what is saved, not at the output.
+        watched = not all(_is_own(hook) for hook in self._forward_hooks.values())
+        if torch.compiler.is_compiling() or watched or self._backward_hooks or self._backward_pre_hooks:
+            return False
+        if self._marked is not None and not self._marked[0]:
+            self._rectifies, self._marked = False, None
+            warnings.warn(
+                "SWATBatchNorm2d: the ReLU that followed this layer when sparsify_ looked at the network did not get "
+                "its last output, which was rectified already; from now on the two stay apart. Change a network before "
+                "sparsify_, not after",
+                stacklevel=3,
+            )
+        return self._rectifies
 
     def _has_kernels(self, input: Tensor) -> bool:
         """Whether this is a call for our kernels; all others, wrong ones among them, are PyTorch's."""
@@ -102,3 +129,7 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, saved={self._saved!r}"
+
+
+def _is_own(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("swat_ext.")

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.layer_ops import has_kernels, relu, relu_
+from swat_ext.modules.rectified import arrived
 
 __all__ = ["SWATReLU"]
 
 
 class SWATReLU(nn.ReLU):
     """:class:`torch.nn.ReLU` in results and gradients, bit for bit; saves ``numel / 8`` bytes and not its output.
+
+    After a :class:`swat_ext.SWATBatchNorm2d` that rectifies its output itself, nothing is left to do.
 
     For float32 and float64 on the CPU. Elsewhere, and where no gradient is asked for, it is PyTorch's own.
 
@@ -26,6 +29,8 @@ class SWATReLU(nn.ReLU):
     dense_class: ClassVar[type[nn.Module]] = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
+        if arrived(input):
+            return input
         if not (has_kernels(input) and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         # A compiled graph has no use for in-place operations: the compiler plans the memory itself.

@@ -44,6 +44,24 @@ void add_parts(std::vector<double>& sums, const BatchNormShape& shape) {
   }
 }
 
+// output = (input - center) * factor + offset, per channel.
+template <typename T>
+struct Affine {
+  std::vector<T> center, factor, offset;
+
+  explicit Affine(int64_t channels) : center(channels), factor(channels), offset(channels) {}
+
+  // The mean is subtracted in two steps: its nearest T, where no digits of the input are lost, and the rest, which is returned.
+  double set(int64_t c, double mean, double invstd, const T* weight, const T* bias) {
+    center[c] = static_cast<T>(mean);
+    const double rest = mean - center[c];
+    const double scaled = weight == nullptr ? invstd : weight[c] * invstd;
+    factor[c] = static_cast<T>(scaled);
+    offset[c] = static_cast<T>((bias == nullptr ? 0 : bias[c]) - rest * scaled);
+    return rest;
+  }
+};
+
 }  // namespace
 
 BatchNormShape batch_norm_shape(int64_t batch, int64_t channels, int64_t pixels, bool channels_last) {
@@ -109,7 +127,8 @@ void batch_norm(const KernelTable& table, const Parallel& parallel, const BatchN
     greatest[i % channels] = std::max(greatest[i % channels], greatest[i]);
   }
 
-  std::vector<T> center(channels), factor(channels), offset(channels), code_factor(channels), code_offset(channels);
+  Affine<T> affine(channels);
+  std::vector<T> code_factor(channels), code_offset(channels);
   std::vector<uint32_t> keys(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double about = sums[c] / count;
@@ -121,12 +140,7 @@ void batch_norm(const KernelTable& table, const Parallel& parallel, const BatchN
     to.mean[c] = mean;
     to.invstd[c] = invstd;
     to.variance[c] = spread / (count - 1);
-    // The mean is subtracted in two steps: its nearest T, where no digits of the input are lost, and the rest.
-    center[c] = static_cast<T>(mean);
-    const double rest = mean - center[c];
-    const double scaled = weight == nullptr ? invstd : weight[c] * invstd;
-    factor[c] = static_cast<T>(scaled);
-    offset[c] = static_cast<T>((bias == nullptr ? 0 : bias[c]) - rest * scaled);
+    const double rest = affine.set(c, mean, invstd, weight, bias);
     double unit = 1;
     if (saved == Saved::int8) {
       const double largest = std::max(greatest[c] - mean, mean - least[c]) * invstd;
@@ -138,9 +152,9 @@ void batch_norm(const KernelTable& table, const Parallel& parallel, const BatchN
     code_factor[c] = static_cast<T>(per_unit);
     code_offset[c] = static_cast<T>(-rest * per_unit);
   }
-  params.center = center.data();
-  params.factor = factor.data();
-  params.offset = offset.data();
+  params.center = affine.center.data();
+  params.factor = affine.factor.data();
+  params.offset = affine.offset.data();
   params.code_factor = code_factor.data();
   params.code_offset = code_offset.data();
   params.keys = keys.data();
@@ -169,6 +183,13 @@ void batch_norm_backward(const KernelTable& table, const Parallel& parallel, con
   params.saved_codes = from.values;
   params.grad_output = grad_output;
   params.mask = from.mask;
+  Affine<T> affine(from.rectified ? channels : 0);
+  if (from.rectified) {
+    for (int64_t c = 0; c < channels; ++c) affine.set(c, from.mean[c], from.invstd[c], from.weight, from.bias);
+    params.relu_center = affine.center.data();
+    params.relu_factor = affine.factor.data();
+    params.relu_offset = affine.offset.data();
+  }
   params.shift = shift.data();
   params.sums = sums.data();
   params.products = products.data();

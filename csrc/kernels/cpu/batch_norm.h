@@ -31,8 +31,9 @@ struct BatchNormSaved {
   const void* values;  // the input or its codes
   const T* scale;      // int8
   const double *mean, *invstd;
-  const T* weight;       // may be null
-  const uint64_t* mask;  // of the ReLU; null: there was none
+  const T *weight, *bias;  // may be null; the bias is read only if `rectified`
+  const uint64_t* mask;    // of the ReLU; null: there was none, or
+  bool rectified;          // its sign is found again from the exact input
 };
 
 template <typename T>

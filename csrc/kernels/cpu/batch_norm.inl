@@ -186,9 +186,39 @@ const T* saved_run(const BatchNormParams<T>& params, int64_t begin, int64_t coun
   return scratch;
 }
 
+// output = grad where the ReLU let pass what batch_norm_normalise computed, else 0, for `count` elements from `begin`.
+template <typename T>
+void rectify_run(const BatchNormParams<T>& params, int64_t begin, int64_t count, T* output) {
+  const BatchNormShape& shape = params.shape;
+  const T *center = params.relu_center, *factor = params.relu_factor, *offset = params.relu_offset;
+  for (int64_t done = 0; done < count;) {
+    const int64_t within = (begin + done) % shape.line, step = std::min(count - done, shape.line - within);
+    const T *x = params.input + begin + done, *grad = params.grad_output + begin + done;
+    T* out = output + done;
+    auto each = [&](auto at) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < step; ++i) {
+        const T y = (x[i] - center[at(i)]) * factor[at(i)] + offset[at(i)];
+        out[i] = y <= 0 ? T{0} : grad[i];
+      }
+    };
+    if (shape.channels_last) {
+      each([within](int64_t i) { return within + i; });
+    } else {
+      const int64_t c = (begin + done) / shape.line % shape.channels;
+      each([c](int64_t) { return c; });
+    }
+    done += step;
+  }
+}
+
 // The gradient of `count` elements from `begin`: where it lies, or masked into `scratch`.
 template <typename T>
 const T* grad_run(const BatchNormParams<T>& params, int64_t begin, int64_t count, T* scratch) {
+  if (params.relu_factor != nullptr) {
+    rectify_run(params, begin, count, scratch);
+    return scratch;
+  }
   if (params.mask == nullptr) return params.grad_output + begin;
   mask_run(params.grad_output + begin, params.mask, begin, count, scratch);
   return scratch;
@@ -268,7 +298,8 @@ void batch_norm_sums(const BatchNormParams<T>& params, int64_t begin, int64_t en
         params.shape, task,
         [&](int64_t part, int64_t row, int64_t rows) {
           const int64_t count = rows * channels;
-          if (params.mask == nullptr) prefetch_run(params.grad_output + row * channels + count, count);
+          if (params.mask == nullptr && params.relu_factor == nullptr)
+            prefetch_run(params.grad_output + row * channels + count, count);
           if (params.saved == Saved::exact) prefetch_run(params.input + row * channels + count, count);
           const T* grad = grad_run(params, row * channels, rows * channels, scratch);
           const T* saved = saved_run(params, row * channels, rows * channels, other);

@@ -33,9 +33,11 @@ template <typename T>
 struct BatchNormParams {
   BatchNormShape shape;
   Saved saved;
-  const T* input;           // null in a backward pass from codes
-  const T* grad_output;     // backward
-  const uint64_t* mask;     // backward: where the gradient passes; null: everywhere
+  const T* input;        // null in a backward pass from codes
+  const T* grad_output;  // backward
+  const uint64_t* mask;  // backward: where the gradient passes; null: everywhere,
+  // or where (input - relu_center) * relu_factor + relu_offset, the output as it was computed, is not below or at zero.
+  const T *relu_center, *relu_factor, *relu_offset;
   const void* saved_codes;  // backward
 
   const double* shift;       // subtracted before summing
