@@ -100,9 +100,10 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     layer that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in
     the result.
 
-    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``,
-    ``nn.MaxPool2d`` or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
-    pattern of ``config.skip`` that matches one leaves it as it is.
+    The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.MaxPool2d``
+    or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
+    pattern of ``config.skip`` that matches one leaves it as it is. Where a ReLU alone reads a BatchNorm's output, the two
+    become one pass; to find those, the forward of a copy without values is traced once.
 
     Args:
         model: any module, on any device that its layers will run on; nothing in it may be sparse already.

@@ -45,7 +45,7 @@ def test_holds_nothing_and_is_swapped_both_ways():
 def test_what_does_not_fit_is_refused_as_by_pytorch():
     with pytest.raises(RuntimeError, match="pad should be at most half"):
         SWATAvgPool2d(2, padding=2)(torch.randn(1, 1, 4, 4, requires_grad=True))
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(SWATAvgPool2d(2)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        x = torch.randn(1, 1, 4, 4, requires_grad=True)
-        (grad,) = torch.autograd.grad(SWATAvgPool2d(2)(x).square().sum(), x, create_graph=True)
         grad.sum().backward()

@@ -96,7 +96,8 @@ def test_a_shared_batch_norm_has_to_agree_everywhere():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), relu, nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), relu)
     relu.__class__ = nn.ReLU
     swat_ext.sparsify_(model, SWATConfig(0.5))
-    assert model[1]._rectifies and model[4]._rectifies
+    assert model[1]._rectifies
+    assert model[4]._rectifies
 
 
 def test_hooks_see_what_batch_norm_is_said_to_return():

@@ -12,7 +12,16 @@ from networks import batches, sgd, small_network, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swat_ext import SWATBatchNorm2d, SWATConfig, SWATConv2d, SWATMaxPool2d, SWATReLU, sparsify_, to_dense
+from swat_ext import (
+    SWATAvgPool2d,
+    SWATBatchNorm2d,
+    SWATConfig,
+    SWATConv2d,
+    SWATMaxPool2d,
+    SWATReLU,
+    sparsify_,
+    to_dense,
+)
 from swat_ext.training import saved_bytes
 
 FORMS = ("exact", "bf16", "int8")
@@ -230,12 +239,13 @@ def test_sparsify_takes_exactly_the_plain_ones(saved: str) -> None:
     model = _odd_model()
     buffers, parameters = [id(b) for b in model.buffers()], [id(p) for p in model.parameters()]
     result = sparsify_(model, SWATConfig(0.5, skip=(), batchnorm=saved))
-    assert result.around == ("norm", "relu", "pool")
-    assert "3 around them" in str(result)
-    assert [type(model[name]) for name in ("norm", "relu", "pool")] == [SWATBatchNorm2d, SWATReLU, SWATMaxPool2d]
+    assert result.around == ("norm", "relu", "pool", "average")
+    assert "4 around them" in str(result)
+    classes = [SWATBatchNorm2d, SWATReLU, SWATMaxPool2d, SWATAvgPool2d]
+    assert [type(model[name]) for name in ("norm", "relu", "pool", "average")] == classes
     assert type(model["conv"]) is SWATConv2d
     assert [type(model[name]) for name in ("own", "sync", "one")] == [OwnNorm, nn.SyncBatchNorm, nn.BatchNorm1d]
-    assert [type(model[name]) for name in ("six", "average", "patched")] == [nn.ReLU6, nn.AvgPool2d, nn.ReLU]
+    assert [type(model[name]) for name in ("six", "patched")] == [nn.ReLU6, nn.ReLU]
     assert model["norm"].saved == saved
     assert model["relu"].inplace
     assert [id(b) for b in model.buffers() if b.dim() == 1 or b.dtype == torch.int64] == buffers
@@ -251,7 +261,7 @@ def test_sparsify_takes_exactly_the_plain_ones(saved: str) -> None:
 def test_patterns_may_leave_them() -> None:
     model = _odd_model()
     result = sparsify_(model, SWATConfig(0.5, skip=["norm"]))
-    assert (result.swapped, result.around, result.skipped) == (("conv",), ("relu", "pool"), ())
+    assert (result.swapped, result.around, result.skipped) == (("conv",), ("relu", "pool", "average"), ())
     assert type(model["norm"]) is nn.BatchNorm2d
     with pytest.raises(ValueError, match="skip: pattern 'six' matches no layer"):
         sparsify_(_odd_model(), SWATConfig(0.5, skip=["six"]))

@@ -352,7 +352,7 @@ def test_report_says_what_other_modules_hold_and_what_stays_dense() -> None:
     found = swat_ext.report(model, SIZE)
     numel = 4 * 8 * 64
     assert found.outside is not None
-    assert found.outside["SWATReLU"] == (1, numel // 8)
+    assert "SWATReLU" not in found.outside  # the BatchNorm before it finds the sign again
     assert found.outside["GELU"] == (1, 4 * numel)
     calls, held = found.outside["SWATBatchNorm2d"]
     assert calls == 1

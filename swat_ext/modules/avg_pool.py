@@ -32,7 +32,9 @@ class _AvgPool(torch.autograd.Function):
 
 
 class SWATAvgPool2d(nn.AvgPool2d):
-    """:class:`torch.nn.AvgPool2d` in results and gradients, bit for bit; saves nothing, where PyTorch's saves its input.
+    """:class:`torch.nn.AvgPool2d` in results and gradients, bit for bit; saves nothing.
+
+    PyTorch's saves its input, of which the backward pass reads the shape.
 
     Under torch.compile, and where no gradient is asked for, it is PyTorch's own.
 
