@@ -102,7 +102,7 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
 
     The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.MaxPool2d``
     or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
-    pattern of ``config.skip`` that matches one leaves it as it is. Where a ReLU alone reads a BatchNorm's output, the two
+    pattern of ``config.skip`` that matches one leaves it as it is. Where a ReLU alone reads a BatchNorm, the two
     become one pass; to find those, the forward of a copy without values is traced once.
 
     Args:

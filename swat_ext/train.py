@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "sparsity": None,
     "activation_sparsity": None,
     "skip": None,
+    "batchnorm": "exact",
     "backend": "auto",
     "recipe": None,
     "seed": 0,
@@ -42,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "workers": 0,
 }
 _SPARSITY = 0.9
-_SPARSE_ONLY = ("sparsity", "activation_sparsity", "skip", "topk_period", "topk_warmup_epochs")
+_SPARSE_ONLY = ("sparsity", "activation_sparsity", "skip", "batchnorm", "topk_period", "topk_warmup_epochs")
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding.
 _FREE = ("data_dir", "threads", "workers")
 # From this many pixels on, images get the ImageNet stem where the network has one.
@@ -93,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--activation-sparsity", type=float, metavar="S", help="(default: that of the weights)")
     sparse.add_argument(
         "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
+    )
+    sparse.add_argument(
+        "--batchnorm", choices=["exact", "bf16", "int8"], help="what BatchNorm keeps for backward (default: exact)"
     )
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
     sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection to the next")
@@ -177,6 +181,8 @@ def _build(settings: dict[str, Any], data: Data) -> nn.Module:
             activation_sparsity=settings["activation_sparsity"],
             topk_period=settings["topk_period"],
             skip=settings["skip"],
+            # A checkpoint of an earlier version does not say.
+            batchnorm=settings.get("batchnorm", "exact"),
             backend=settings["backend"],
         )
         sparsify_(model, config)

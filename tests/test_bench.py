@@ -122,3 +122,17 @@ def test_wrong_options_are_explained(script: str, option: str, value: str, messa
     done = _run(option, value, script=script)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "accuracy.json"
+    done = _run(
+        *("--data", "digits", "--seeds", "1", "--epochs", "1", "--width", "0.125", "--out", str(out)),
+        script="accuracy.py",
+    )
+    assert done.returncode == 0, done.stderr
+    accuracies = json.loads(out.read_text(encoding="utf-8"))["accuracies"]
+    assert list(accuracies["digits"]) == ["dense", "exact", "bf16", "int8"]
+    assert all(len(found) == 1 and 0.1 < found[0] <= 1 for found in accuracies["digits"].values())
+    assert "| digits | int8" in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert out.with_suffix(".png").stat().st_size > 5_000

@@ -1,0 +1,128 @@
+"""Test accuracy of what BatchNorm may keep for its backward pass, over several seeds, beside the dense network.
+
+    python bench/accuracy.py                          # textures and mnist, 3 seeds, some fifteen minutes on two cores
+    python bench/accuracy.py --data digits --seeds 5
+    python bench/accuracy.py --quick                  # one epoch of two seeds on digits, written nowhere
+
+Every run of a seed starts from the same weights and sees the same batches. The question is whether "bf16" and "int8"
+differ from "exact" by more than seeds differ among themselves; nothing is tuned for any of them.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from networks import BATCHNORMS, names
+from tqdm import tqdm
+
+from swat_ext import SWATConfig, sparsify_
+from swat_ext.data import load_data
+from swat_ext.models import resnet18
+from swat_ext.training import RECIPES, Trainer
+
+_DATA = ("textures", "mnist", "digits")
+_FORMS = ("dense", *BATCHNORMS)
+
+
+def train(data: str, form: str, seed: int, options: argparse.Namespace) -> float:
+    """Test accuracy, in [0, 1], of one run."""
+    images = load_data(data, samples=options.samples if data == "textures" else None)
+    recipe = replace(RECIPES["small"].with_epochs(options.epochs), batch_size=options.batch)
+    torch.manual_seed(seed)
+    model = resnet18(images.num_classes, in_channels=images.shape[0], width=options.width)
+    if form != "dense":
+        sparsify_(model, SWATConfig(options.sparsity, batchnorm=form, backend="sparse"))
+    trainer = Trainer(model, images, recipe, seed=seed, memory_format=torch.channels_last, progress=False)
+    return float(trainer.run()[-1]["test_accuracy"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line for each data set and form: mean, least and most over the seeds."""
+    lines: list[list[object]] = []
+    for data, forms in result["accuracies"].items():
+        for form, found in forms.items():
+            values = [100 * value for value in found]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells = [f"{statistics.mean(values):.2f}", f"{spread:.2f}", f"{min(values):.2f}", f"{max(values):.2f}"]
+            lines.append([data, form, *cells])
+    return common.markdown(["data", "BatchNorm keeps", "mean, %", "deviation", "least", "most"], lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Every run as a point, a panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    accuracies = result["accuracies"]
+    figure, panels = pyplot.subplots(
+        1, len(accuracies), figsize=(1 + 3.2 * len(accuracies), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, (data, forms) in zip(panels[0], accuracies.items(), strict=True):
+        for place, (form, values) in enumerate(forms.items()):
+            axes.plot([place] * len(values), [100 * value for value in values], "o", alpha=0.6, color=f"C{place}")
+            axes.plot(place, 100 * statistics.mean(values), "k_", markersize=16, label=form)
+        axes.set_xticks(range(len(forms)), list(forms))
+        axes.set_title(data, fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0][0].set_ylabel("test accuracy, %")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", type=names(_DATA), default=["textures", "mnist"], help="default: textures,mnist")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4096, help="patches in an epoch of textures")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=float, default=0.25, help="factor on ResNet-18's channels")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--quick", action="store_true", help="digits, one epoch, two seeds, no file")
+    parser.add_argument("--out", type=Path, default=common.default_out("accuracy"))
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.data, options.seeds, options.epochs = ["digits"], 2, 1
+    if options.seeds < 1 or options.epochs < 1:
+        parser.error(f"--seeds, --epochs: expected at least 1, got {options.seeds} and {options.epochs}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command line."""
+    options = _arguments(arguments)
+    result: dict[str, Any] = {
+        "conditions": common.conditions(),
+        "settings": {
+            name: getattr(options, name) for name in ("epochs", "samples", "batch", "width", "sparsity", "seeds")
+        },
+        "accuracies": {data: {form: [] for form in _FORMS} for data in options.data},
+    }
+    with tqdm(total=len(options.data) * len(_FORMS) * options.seeds, unit="run") as progress:
+        for data in options.data:
+            for seed in range(options.seeds):
+                for form in _FORMS:
+                    progress.set_description(f"{data}, {form}, seed {seed}")
+                    result["accuracies"][data][form].append(train(data, form, seed, options))
+                    progress.update()
+    print(table(result))
+    if not options.quick:
+        common.write_json(options.out, result)
+        options.out.with_suffix(".md").write_text(
+            f"ResNet-18 at {options.width} of its width, {options.sparsity:.0%} sparse, {options.epochs} epochs, "
+            f"{options.seeds} seeds, batch {options.batch}\n\n{table(result)}\n"
+        )
+        plot(result, options.out.with_suffix(".png"))
+    return result
+
+
+if __name__ == "__main__":
+    main()
