@@ -42,6 +42,16 @@ struct GatherLanes {
   bool whole;    // every lane is in use and every output pixel exists
 };
 
+// The vector of tiles to compute as number `index`: where a vector is one tile of kLanes samples, all tiles of those samples one after
+// the other, so that neighbours find in cache the pixels that they share.
+template <typename T>
+int64_t tile_of_task(const GatherParams<T>& p, int64_t index) {
+  if (p.input.batch % kLanes<T> != 0) return index;
+  const int64_t tiles = ((p.output.width + p.tile_width - 1) / p.tile_width) *
+                        ((p.output.height + p.tile_height - 1) / p.tile_height);
+  return index % tiles * (p.input.batch / kLanes<T>) + index / tiles;
+}
+
 template <typename T>
 GatherLanes<T> gather_lanes(const GatherParams<T>& p, int64_t tile) {
   constexpr int kN = kLanes<T>;
@@ -170,7 +180,7 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
   T* y = x + p.block_channels * p.packed_height * p.packed_width * kN;
   T* unused = y + p.row_chunk * y_plane;
   for (int64_t task = begin; task < end; ++task) {
-    const GatherLanes<T> lanes = gather_lanes(p, task / chunks);
+    const GatherLanes<T> lanes = gather_lanes(p, tile_of_task(p, task / chunks));
     const int64_t row_begin = task % chunks * p.row_chunk, row_end = std::min(rows, row_begin + p.row_chunk);
     for (int64_t b = 0; b < p.block_count; ++b) {
       const ChannelBlock& block = p.blocks[b];
