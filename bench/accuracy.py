@@ -1,6 +1,6 @@
 """Test accuracy of what BatchNorm may keep for its backward pass, over several seeds, beside the dense network.
 
-    python bench/accuracy.py                          # textures and mnist, 3 seeds, some fifteen minutes on two cores
+    python bench/accuracy.py                          # textures and mnist, 3 seeds, some ten minutes on two cores
     python bench/accuracy.py --data digits --seeds 5
     python bench/accuracy.py --quick                  # one epoch of two seeds on digits, written nowhere
 
@@ -81,8 +81,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=names(_DATA), default=["textures", "mnist"], help="default: textures,mnist")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=4096, help="patches in an epoch of textures")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=2048, help="patches in an epoch of textures")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=float, default=0.25, help="factor on ResNet-18's channels")
     parser.add_argument("--sparsity", type=float, default=0.9)
