@@ -87,7 +87,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=float, default=0.25, help="factor on ResNet-18's channels")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--quick", action="store_true", help="digits, one epoch, two seeds, no file")
-    parser.add_argument("--out", type=Path, default=common.default_out("accuracy"))
+    parser.add_argument("--out", type=common.json_file, default=common.default_out("accuracy"))
     options = parser.parse_args(arguments)
     if options.quick:
         options.data, options.seeds, options.epochs = ["digits"], 2, 1

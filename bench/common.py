@@ -127,6 +127,14 @@ def percentages(text: str) -> list[float]:
     return [value / 100 for value in values]
 
 
+def json_file(text: str) -> Path:
+    """The path of a file to write, for :mod:`argparse`: a bench should not find out at its end that it cannot."""
+    path = Path(text)
+    if path.suffix != ".json" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected the path of a .json file, got {text!r}")
+    return path
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table whose columns are aligned, so that it reads well in a terminal too."""
     texts = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]

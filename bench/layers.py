@@ -321,7 +321,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--topk-period", type=int, default=10, help="steps that share one selection")
     parser.add_argument("--rounds", type=int, help="default: 15, or 5 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--out", type=Path, help="JSON file; a .png of the same name is drawn beside it")
+    parser.add_argument("--out", type=common.json_file, help="JSON file; a .png of the same name is drawn beside it")
     return parser.parse_args(arguments)
 
 

@@ -291,7 +291,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
     parser.add_argument("--quick", action="store_true", help="ResNet-18, batch 32, 90%%, no largest batch, no file")
     parser.add_argument(
-        "--out", type=Path, help="JSON file; .md and .png go beside it. Default: bench/results/memory.json"
+        "--out", type=common.json_file, help="JSON file; .md and .png go beside it. Default: bench/results/memory.json"
     )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -151,7 +151,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points and rounds, no file")
     parser.add_argument(
-        "--out", type=Path, help="JSON file; .md and .png go beside it. Default: bench/results/scaling.json"
+        "--out", type=common.json_file, help="JSON file; .md and .png go beside it. Default: bench/results/scaling.json"
     )
     return parser.parse_args(arguments)
 

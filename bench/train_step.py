@@ -270,7 +270,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
     parser.add_argument("--quick", action="store_true", help="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
     parser.add_argument(
-        "--out", type=Path, help="JSON file; .md and .png go beside it. Default: bench/results/train_step.json"
+        "--out",
+        type=common.json_file,
+        help="JSON file; .md and .png go beside it. Default: bench/results/train_step.json",
     )
     return parser.parse_args(arguments)
 
