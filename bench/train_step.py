@@ -269,11 +269,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
     parser.add_argument("--quick", action="store_true", help="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
-    parser.add_argument(
-        "--out",
-        type=common.json_file,
-        help="JSON file; .md and .png go beside it. Default: bench/results/train_step.json",
-    )
+    help_ = "JSON file; .md and .png go beside it. Default: bench/results/train_step.json"
+    parser.add_argument("--out", type=common.json_file, help=help_)
     return parser.parse_args(arguments)
 
 

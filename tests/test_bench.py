@@ -124,7 +124,7 @@ def test_wrong_options_are_explained(script: str, option: str, value: str, messa
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("script", ["accuracy.py", "layers.py", "memory.py", "scaling.py", "train_step.py"])
+@pytest.mark.parametrize("script", ["layers.py", "train_step.py"])
 def test_a_folder_is_no_file_to_write(tmp_path: Path, script: str) -> None:
     done = _run("--out", str(tmp_path), script=script)
     assert done.returncode == 2
