@@ -28,14 +28,18 @@ RUNTIME = ["runtime.cpp"]
 
 # CUDA kernels, and the operators over them; the kernels are torch-free and need nvcc, the operators only its headers.
 CUDA_KERNELS = [
+    "kernels/cuda/batch_norm.cu",
+    "kernels/cuda/batch_norm_grad.cu",
     "kernels/cuda/compress.cu",
     "kernels/cuda/compress_planes.cu",
     "kernels/cuda/convolution.cu",
     "kernels/cuda/decompress.cu",
     "kernels/cuda/magnitude.cu",
+    "kernels/cuda/max_pool.cu",
+    "kernels/cuda/relu.cu",
     "kernels/cuda/weight_grad.cu",
 ]
-CUDA_OPS = ["ops/cuda.cpp"]
+CUDA_OPS = ["ops/cuda.cpp", "ops/cuda_layers.cpp"]
 
 # How nvcc compiles each kernel. No fast mathematics: a denormal or a NaN means the same as on the CPU.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]

@@ -12,24 +12,33 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext.arguments import HAS_CUDA, supported_dtypes
 from swat_ext.ops import _refuse_second_derivative
 
-__all__ = ["batch_norm", "has_kernels", "is_channels_last", "max_pool2d", "pooled_size", "relu", "relu_"]
+__all__ = [
+    "batch_norm",
+    "has_kernels",
+    "is_channels_last",
+    "max_pool2d",
+    "normalises_with",
+    "pooled_size",
+    "relu",
+    "relu_",
+]
 
 _BITS_PER_WORD = 64
 
 
 def has_kernels(input: object) -> bool:
-    """Whether the layers around the convolutions have kernels for ``input``: float32 or float64, dense, on the CPU.
+    """Whether the layers around the convolutions have kernels for ``input``, a dense tensor on the CPU or on CUDA.
 
-    On shapes alone ("meta") they stand for the CPU's, so that what they would hold can be counted.
+    On the CPU in float32 and float64, on CUDA in bfloat16 and float16 too, where this build has CUDA kernels. On shapes
+    alone ("meta") they stand for the CPU's, so that what they would hold can be counted.
     """
-    return (
-        isinstance(input, Tensor)
-        and input.device.type in ("cpu", "meta")
-        and input.layout == torch.strided
-        and input.dtype in (torch.float32, torch.float64)
-    )
+    if not isinstance(input, Tensor) or input.layout != torch.strided:
+        return False
+    kind = input.device.type
+    return (kind in ("cpu", "meta") or (kind == "cuda" and HAS_CUDA)) and input.dtype in supported_dtypes(input.device)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -145,6 +154,16 @@ def relu_(input: Tensor) -> Tensor:
 _CODE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What an input of ``dtype`` is computed in; weight and bias may have it too."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalises_with(input: Tensor, *weights: Tensor | None) -> bool:
+    """Whether :func:`batch_norm` takes ``weights`` of these dtypes: the input's, or float32 beside a half input."""
+    return {weight.dtype for weight in weights if weight is not None} in ({input.dtype}, {_wide(input.dtype)}, set())
+
+
 @torch.library.register_fake("swat_ext::batch_norm")
 def _(
     input: Tensor,
@@ -163,7 +182,7 @@ def _(
         _empty(input, input.shape, channels_last),
         *statistics,  # type: ignore[return-value]
         codes,
-        input.new_empty([channels if saved == "int8" else 0]),
+        input.new_empty([channels if saved == "int8" else 0], dtype=_wide(input.dtype)),
         _fake_bits(input) if relu else input.new_empty([0], dtype=torch.int64),
     )
 
@@ -183,13 +202,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = saved.shape[1]
     grad_input = _empty(grad_output, saved.shape, is_channels_last(saved))
-    return grad_input, grad_output.new_empty([channels]), grad_output.new_empty([channels])
+    like = grad_output if weight is None else weight
+    return grad_input, like.new_empty([channels]), like.new_empty([channels])
 
 
 def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     input, weight, bias, _, saved, _, relu = inputs
     _, mean, invstd, variance, codes, scale, mask = output
-    finds_sign = saved == "exact" and input.device.type != "cuda"
+    finds_sign = saved == "exact"
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, invstd, variance, codes, scale, mask)
     ctx.save_for_backward(
@@ -198,7 +218,7 @@ def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         mean,
         invstd,
         weight,
-        # From the exact input the CPU's kernels find the ReLU's sign again.
+        # From the exact input the kernels find the ReLU's sign again.
         mask if relu and not finds_sign else None,
         bias if relu and finds_sign else None,
     )

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 # Before torch starts its threads: spinning while they wait makes short calls ten times slower beside other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +14,9 @@ import pytest
 import torch
 
 from swat_ext import _C
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import build as emulator
 
 # Machines that GPUs are lent on may not have it; the tests of the CUDA kernels do without.
 with contextlib.suppress(ImportError):
@@ -55,6 +61,22 @@ needs_cuda = pytest.mark.skipif(bool(_cuda_skip_reason()), reason=_cuda_skip_rea
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Runs the test once on every kind of device that has kernels here."""
     return torch.device(request.param)
+
+
+class Kernels(NamedTuple):
+    """The CUDA operators, and the device of their tensors."""
+
+    ops: Any
+    device: torch.device
+
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=needs_cuda)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Runs the test once on the emulator, which stands in for a GPU, and once on a GPU."""
+    if request.param == "cuda":
+        return Kernels(torch.ops.swat_ext, torch.device("cuda"))
+    emulator.load()
+    return Kernels(torch.ops.swat_ext_emulated, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -157,3 +157,67 @@ def test_auto_measures_once_and_says_so() -> None:
     backend, reason = layer.chosen_backend
     assert backend in ("sparse", "dense")
     assert "measured" in reason
+
+
+# --- The layers around ------------------------------------------------------------------------------------------------
+
+
+def _with_layers_around(batchnorm: str, *, swapped: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10),
+    )  # fmt: skip
+    skip = () if swapped else ("1", "2", "3", "5", "6")
+    swat_ext.sparsify_(model, swat_ext.SWATConfig(sparsity=0.8, skip=skip, backend="sparse", batchnorm=batchnorm))
+    return model.to("cuda")
+
+
+def _held(model: nn.Module) -> int:
+    input = torch.randn(32, 3, 16, 16, device="cuda")
+    model(input).sum().backward()
+    before = torch.cuda.memory_allocated()
+    output = model(input)
+    held = torch.cuda.memory_allocated() - before
+    output.sum().backward()
+    return held
+
+
+@pytest.mark.parametrize("batchnorm", ["exact", "bf16", "int8"])
+def test_the_layers_around_train_and_hold_less(batchnorm: str) -> None:
+    runs = [_train(_with_layers_around(batchnorm), 4, "cuda") for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert_identical(first, second, "parameter after training")
+        assert first.isfinite().all()
+    assert _held(_with_layers_around(batchnorm)) < 0.8 * _held(_with_layers_around(batchnorm, swapped=False))
+
+
+@pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_layers_around_do_not_wait_for_the_device(autocast: torch.dtype) -> None:
+    model = _with_layers_around("int8")
+    input = torch.randn(8, 3, 16, 16, device="cuda")
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype=autocast, enabled=autocast != torch.float32):
+                output = model(input)
+            output.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_layers_around_train_as_on_the_cpu(memory_format: torch.memory_format) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layers = nn.Sequential(swat_ext.SWATBatchNorm2d(48), swat_ext.SWATReLU(), swat_ext.SWATMaxPool2d(3, 2, 1))
+        layers.to(device)
+        # In eighths: what is not equal is far enough apart for both devices to agree on the largest.
+        leaf = torch.randn(6, 48, 33, 31).mul(8).round().div(8).to(device)
+        leaf = leaf.contiguous(memory_format=memory_format).requires_grad_()
+        output = layers(leaf)
+        output.backward(torch.randn(output.shape).to(device))
+        results.append([output, leaf.grad, *layers.buffers(), *(each.grad for each in layers.parameters())])
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-4, atol=1e-4)

@@ -1,43 +1,22 @@
 """The CUDA kernels and their operators against the common oracle: on a GPU, and thread by thread on the CPU."""
 
 import random
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_identical
-from conftest import needs_cuda
+from conftest import Kernels, emulator
 from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_tensor, random_threshold
 from torch import Tensor
 
 from swat_ext import ops as swat_ops
 from swat_ext import reference
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import build as emulator
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Norm of the difference / norm of the float64 result. Half types: the rounding of the result, as sums are in float32.
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 _TF32_TOLERANCE = 1e-3
-
-
-class Kernels(NamedTuple):
-    """The operators, and the device of their tensors."""
-
-    ops: Any
-    device: torch.device
-
-
-@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=needs_cuda)])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param == "cuda":
-        return Kernels(torch.ops.swat_ext, torch.device("cuda"))
-    emulator.load()
-    return Kernels(torch.ops.swat_ext_emulated, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

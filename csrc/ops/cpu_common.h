@@ -1,4 +1,4 @@
-// What the operators on the CPU share: threads, dtypes, memory formats.
+// What the operators on the CPU share: threads, dtypes, memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,10 +9,9 @@
 #include "../kernels/cpu/pages.h"
 #include "../kernels/cpu/parallel.h"
 #include "checks.h"
+#include "layout.h"
 
 namespace swat {
-
-using torch::headeronly::MemoryFormat;
 
 // torch's own threads, so that torch.set_num_threads holds.
 inline cpu::Parallel torch_threads() {
@@ -29,26 +28,11 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
   return tensor.scalar_type() == ScalarType::Float ? f.template operator()<float>() : f.template operator()<double>();
 }
 
-inline MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
 inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
   Tensor tensor =
       torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
   cpu::prefer_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
-}
-
-// Whether the tensor lies in memory as [N, H, W, C] and not also as [N, C, H, W]: torch's rule, by which sizes of 1 have no stride.
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4 || tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
 }
 
 }  // namespace swat

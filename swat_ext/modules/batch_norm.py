@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
-from swat_ext.layer_ops import batch_norm, has_kernels
+from swat_ext.layer_ops import batch_norm, has_kernels, normalises_with
 from swat_ext.modules.rectified import mark
 
 __all__ = ["SWATBatchNorm2d"]
@@ -21,13 +21,13 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     bfloat16, a half of the bytes, with a relative error of at most 1 / 256 in each element; "int8" in 127 steps of its
     channel's largest ``|h|``, a quarter of the bytes, rounded up or down at random so that the gradients of weight and
     bias stay unbiased. The random numbers depend on ``num_batches_tracked``, the position and the statistics alone: the
-    same step gives the same bits, on any number of threads, though not on another instruction set.
+    same step gives the same bits, on any number of threads, though not on another instruction set or device.
 
     Where :func:`swat_ext.sparsify_` finds that a ReLU alone reads the output, the layer computes that too while it
     learns, unless it has hooks; the ReLU then passes its input on.
 
-    For float32 and float64 on the CPU, ``[N, C, H, W]``. Elsewhere, in evaluation with running statistics, and where
-    weight and input differ in dtype, it is PyTorch's own.
+    For ``[N, C, H, W]`` in float32 and float64, and in bfloat16 and float16 on CUDA, where weights may be float32.
+    Elsewhere, in evaluation with running statistics, and where weight and input differ otherwise, it is PyTorch's own.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
@@ -109,7 +109,7 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
             and input.dim() == 4
             and input.shape[1] == self.num_features
             and input.numel() > self.num_features
-            and all(leaf is None or leaf.dtype == input.dtype for leaf in (self.weight, self.bias))
+            and normalises_with(input, self.weight, self.bias)
         )
 
     @torch.no_grad()

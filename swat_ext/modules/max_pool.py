@@ -18,8 +18,8 @@ class SWATMaxPool2d(nn.MaxPool2d):
     Saves one byte an output, the position of the maximum in its window, where PyTorch's saves the input and eight bytes
     an output.
 
-    For float32 and float64 on the CPU, ``[N, C, H, W]``, and windows of at most 256 elements. Elsewhere, and with
-    ``return_indices``, it is PyTorch's own.
+    For ``[N, C, H, W]`` in float32 and float64, and in bfloat16 and float16 on CUDA, and windows of at most 256
+    elements. Elsewhere, and with ``return_indices``, it is PyTorch's own.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as in :class:`torch.nn.MaxPool2d`.

@@ -20,7 +20,8 @@ class SWATReLU(nn.ReLU):
 
     After a :class:`swat_ext.SWATBatchNorm2d` that rectifies its output itself, nothing is left to do.
 
-    For float32 and float64 on the CPU. Elsewhere, and where no gradient is asked for, it is PyTorch's own.
+    For float32 and float64, and for bfloat16 and float16 on CUDA. Elsewhere, and where no gradient is asked for, it is
+    PyTorch's own.
 
     Args:
         inplace: as in :class:`torch.nn.ReLU`.

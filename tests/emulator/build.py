@@ -1,7 +1,7 @@
 """Builds the CUDA operators with kernels that run on the CPU, thread by thread, as ``torch.ops.swat_ext_emulated``.
 
-The sources are those of ``csrc/kernels/cuda`` and ``csrc/ops/cuda.cpp`` themselves; ``cuda_emulator.h`` stands in for
-CUDA. What this cannot show: memory order between blocks that run at the same time, and speed.
+The sources are those of ``csrc/kernels/cuda`` and ``csrc/ops/cuda*.cpp`` themselves; ``cuda_emulator.h`` stands in
+for CUDA. What this cannot show: memory order between blocks that run at the same time, and speed.
 """
 
 import concurrent.futures

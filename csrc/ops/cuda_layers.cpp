@@ -1,0 +1,254 @@
+// The operators of the layers around the convolutions, on CUDA. As in cuda.cpp, nothing here waits for the device.
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../kernels/cuda/layers.h"
+#include "cuda_common.h"
+#include "layer_checks.h"
+#include "layout.h"
+#include "library.h"
+
+namespace swat {
+namespace {
+
+using namespace cuda_ops;
+
+uint64_t* write_words(const Tensor& mask) { return reinterpret_cast<uint64_t*>(write<int64_t>(mask)); }
+const uint64_t* read_words(const Tensor& mask) { return reinterpret_cast<const uint64_t*>(read<int64_t>(mask)); }
+
+Tensor empty_bits(int64_t numel, const Tensor& like) { return empty({(numel + 63) / 64}, ScalarType::Long, like); }
+
+// ---- ReLU -------------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> relu(const Tensor& input) {
+  return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    const OnDevice device(input);
+    const bool last = is_channels_last(input);
+    const Tensor source = torch::stable::contiguous(input, memory_format(last));
+    Tensor output = empty(sizes(input), input.scalar_type(), input, last);
+    Tensor mask = empty_bits(input.numel(), input);
+    check(cuda::relu<T>(read<T>(source), input.numel(), write<T>(output), write_words(mask), device.stream()), "relu");
+    return {output, mask};
+  });
+}
+
+Tensor relu_(Tensor input) {
+  return dispatch("input", input, [&]<typename T>() {
+    const OnDevice device(input);
+    // The same tensor where it lies densely, else a copy to work on.
+    const Tensor dense = torch::stable::contiguous(input, memory_format(is_channels_last(input)));
+    Tensor mask = empty_bits(input.numel(), input);
+    check(cuda::relu<T>(read<T>(dense), input.numel(), write<T>(dense), write_words(mask), device.stream()), "relu_");
+    if (read<T>(dense) != read<T>(input)) torch::stable::copy_(input, dense);
+    return mask;
+  });
+}
+
+Tensor relu_backward(const Tensor& grad_output, const Tensor& mask, bool channels_last) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const int64_t numel = grad_output.numel();
+    check_bits("mask", mask, numel);
+    check_same_device("mask", mask, grad_output);
+    STD_TORCH_CHECK(!channels_last || grad_output.dim() == 4,
+                    "channels_last: expected a grad_output of 4 dimensions, got size ", to_string(sizes(grad_output)));
+    const OnDevice device(grad_output);
+    const Tensor grad = torch::stable::contiguous(grad_output, memory_format(channels_last));
+    Tensor grad_input = empty(sizes(grad_output), grad_output.scalar_type(), grad_output, channels_last);
+    check(cuda::relu_backward<T>(read<T>(grad), read_words(mask), numel, write<T>(grad_input), device.stream()),
+          "relu_backward");
+    return grad_input;
+  });
+}
+
+// ---- Batch normalisation ----------------------------------------------------------------------------------------------------
+
+cuda::NormShape norm_shape(const char* name, const Tensor& tensor, bool channels_last) {
+  STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 4, name, ": expected [N, C, H, W] or [N, C], got size ",
+                  to_string(sizes(tensor)));
+  const int64_t pixels = tensor.dim() == 2 ? 1 : tensor.size(2) * tensor.size(3);
+  // With one pixel both layouts are the same, and neighbours in memory are channels.
+  return {tensor.size(0), tensor.size(1), pixels, channels_last || pixels == 1};
+}
+
+// What numbers for each channel are kept and computed in.
+ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// One number a channel, in the dtype of `like` or, beside a half one, in float32.
+std::optional<Tensor> weights_of(const char* name, const std::optional<Tensor>& tensor, const Tensor& like,
+                                 int64_t channels) {
+  if (!tensor) return std::nullopt;
+  check_same_device(name, *tensor, like);
+  const ScalarType dtype = like.scalar_type();
+  return per_channel(name, tensor, tensor->scalar_type() == wide(dtype) ? wide(dtype) : dtype, channels);
+}
+
+cuda::NormWeight weight_view(const std::optional<Tensor>& tensor, ScalarType dtype) {
+  if (!tensor) return {nullptr, false};
+  return {read<void>(*tensor), tensor->scalar_type() == dtype};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+    const std::string& saved, const std::optional<Tensor>& seed, bool relu) {
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  return dispatch("input", input, [&]<typename T>() -> Result {
+    const bool last = is_channels_last(input);
+    const cuda::NormShape shape = norm_shape("input", input, last);
+    STD_TORCH_CHECK(shape.batch * shape.pixels > 1, "input: expected more than 1 value per channel, got size ",
+                    to_string(sizes(input)));
+    const cpu::Saved form = saved_form("saved", saved);
+    const ScalarType dtype = input.scalar_type();
+    const int64_t channels = shape.channels;
+    if (seed) {
+      STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 number");
+      check_same_device("seed", *seed, input);
+    }
+    const OnDevice device(input);
+    const std::optional<Tensor> weights = weights_of("weight", weight, input, channels);
+    const std::optional<Tensor> biases = weights_of("bias", bias, input, channels);
+    const Tensor source = torch::stable::contiguous(input, memory_format(last));
+    const bool exact = form == cpu::Saved::exact;
+    Tensor output = empty(sizes(input), dtype, input, last);
+    Tensor mean = empty({channels}, ScalarType::Double, input);
+    Tensor invstd = empty({channels}, ScalarType::Double, input);
+    Tensor variance = empty({channels}, ScalarType::Double, input);
+    Tensor codes = empty(exact ? Ints{0} : sizes(input), code_type(form, dtype), input, last && !exact);
+    Tensor scale = empty({form == cpu::Saved::int8 ? channels : 0}, wide(dtype), input);
+    Tensor mask = empty_bits(relu ? shape.numel() : 0, input);
+    cuda::BatchNormParams<T> params{.shape = shape,
+                                    .input = read<T>(source),
+                                    .weight = weight_view(weights, dtype),
+                                    .bias = weight_view(biases, dtype),
+                                    .eps = eps,
+                                    .saved = form,
+                                    .seed = seed ? read<int64_t>(*seed) : nullptr,
+                                    .output = write<T>(output),
+                                    .mean = write<double>(mean),
+                                    .invstd = write<double>(invstd),
+                                    .variance = write<double>(variance),
+                                    .codes = write<void>(codes),
+                                    .scale = write<cuda::Compute<T>>(scale),
+                                    .words = relu ? write_words(mask) : nullptr,
+                                    .scratch = nullptr};
+    const Tensor memory = scratch(cuda::batch_norm_scratch(params), input);
+    params.scratch = write<void>(memory);
+    check(cuda::batch_norm(params, device.stream()), "batch_norm");
+    return {output, mean, invstd, variance, codes, scale, mask};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
+                                                       const std::optional<Tensor>& scale, const Tensor& mean,
+                                                       const Tensor& invstd, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& relu_mask,
+                                                       const std::string& saved_as, const std::optional<Tensor>& bias,
+                                                       bool relu) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    const ScalarType dtype = grad_output.scalar_type();
+    const cpu::Saved form = saved_form("saved_as", saved_as);
+    STD_TORCH_CHECK(saved.scalar_type() == code_type(form, dtype), "saved: expected scalar type ",
+                    static_cast<int>(code_type(form, dtype)), " for '", saved_as, "', got ",
+                    static_cast<int>(saved.scalar_type()));
+    check_size("grad_output", sizes(grad_output), sizes(saved));
+    const bool last = is_channels_last(saved);
+    const cuda::NormShape shape = norm_shape("saved", saved, last);
+    const int64_t channels = shape.channels;
+    STD_TORCH_CHECK(form != cpu::Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
+    check_same_device("saved", saved, grad_output);
+    check_same_device("mean", mean, grad_output);
+    check_same_device("invstd", invstd, grad_output);
+    if (scale) check_same_device("scale", *scale, grad_output);
+    if (relu_mask) {
+      check_bits("relu_mask", *relu_mask, shape.numel());
+      check_same_device("relu_mask", *relu_mask, grad_output);
+    }
+    STD_TORCH_CHECK(!relu || relu_mask || form == cpu::Saved::exact, "relu_mask: expected a tensor for '", saved_as,
+                    "' with relu, got None");
+    const OnDevice device(grad_output);
+    const std::optional<Tensor> biases = weights_of("bias", bias, grad_output, channels);
+    const std::optional<Tensor> scales = per_channel("scale", scale, wide(dtype), channels);
+    const std::optional<Tensor> weights = weights_of("weight", weight, grad_output, channels);
+    const Tensor means = *per_channel("mean", mean, ScalarType::Double, channels);
+    const Tensor invstds = *per_channel("invstd", invstd, ScalarType::Double, channels);
+    const Tensor values = torch::stable::contiguous(saved, memory_format(last));
+    const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));
+    const ScalarType weight_type = weights ? weights->scalar_type() : dtype;
+    Tensor grad_input = empty(sizes(saved), dtype, grad_output, last);
+    Tensor grad_weight = empty({channels}, weight_type, grad_output);
+    Tensor grad_bias = empty({channels}, weight_type, grad_output);
+    cuda::BatchNormGradParams<T> params{.shape = shape,
+                                        .grad_output = read<T>(grad),
+                                        .saved = form,
+                                        .values = read<void>(values),
+                                        .scale = scales ? read<cuda::Compute<T>>(*scales) : nullptr,
+                                        .mean = read<double>(means),
+                                        .invstd = read<double>(invstds),
+                                        .weight = weight_view(weights, dtype),
+                                        .bias = weight_view(biases, dtype),
+                                        .words = relu_mask ? read_words(*relu_mask) : nullptr,
+                                        .rectified = relu && !relu_mask,
+                                        .grad_input = write<T>(grad_input),
+                                        .grad_weight = write<void>(grad_weight),
+                                        .grad_bias = write<void>(grad_bias),
+                                        .narrow = weight_type == dtype,
+                                        .scratch = nullptr};
+    const Tensor memory = scratch(cuda::batch_norm_backward_scratch(params), grad_output);
+    params.scratch = write<void>(memory);
+    check(cuda::batch_norm_backward(params, device.stream()), "batch_norm_backward");
+    return {grad_input, grad_weight, grad_bias};
+  });
+}
+
+// ---- Max pooling ------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, const Ints& kernel_size, const Ints& stride,
+                                      const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    const bool last = is_channels_last(input);
+    const auto shape = pool_shape("input", sizes(input), kernel_size, stride, padding, dilation, ceil_mode, last);
+    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
+    const OnDevice device(input);
+    const Tensor source = torch::stable::contiguous(input, memory_format(last));
+    Tensor output = empty(size, input.scalar_type(), input, last);
+    Tensor positions = empty(size, ScalarType::Byte, input, last);
+    check(cuda::max_pool<T>(shape, read<T>(source), write<T>(output), write<uint8_t>(positions), device.stream()),
+          "max_pool2d");
+    return {output, positions};
+  });
+}
+
+Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& positions, const Ints& input_size,
+                           const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
+                           bool ceil_mode) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    const bool last = is_channels_last(positions);
+    const auto shape = pool_shape("input_size", input_size, kernel_size, stride, padding, dilation, ceil_mode, last);
+    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
+    check_size("grad_output", sizes(grad_output), size);
+    check_size("positions", sizes(positions), size);
+    check_same_device("positions", positions, grad_output);
+    STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions: expected dtype uint8, got scalar type ",
+                    static_cast<int>(positions.scalar_type()));
+    const OnDevice device(grad_output);
+    const Tensor where = torch::stable::contiguous(positions, memory_format(last));
+    const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));
+    Tensor grad_input = empty(input_size, grad_output.scalar_type(), grad_output, last);
+    check(cuda::max_pool_backward<T>(shape, read<T>(grad), read<uint8_t>(where), write<T>(grad_input), device.stream()),
+          "max_pool2d_backward");
+    return grad_input;
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+SWAT_LIBRARY_IMPL(SWAT_CUDA_KEY, m) {
+  m.impl("relu", TORCH_BOX(&swat::relu));
+  m.impl("relu_", TORCH_BOX(&swat::relu_));
+  m.impl("relu_backward", TORCH_BOX(&swat::relu_backward));
+  m.impl("batch_norm", TORCH_BOX(&swat::batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&swat::batch_norm_backward));
+  m.impl("max_pool2d", TORCH_BOX(&swat::max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&swat::max_pool2d_backward));
+}

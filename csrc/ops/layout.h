@@ -1,0 +1,29 @@
+// The two memory formats that results come in.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+
+#include <cstdint>
+
+namespace swat {
+
+using torch::headeronly::MemoryFormat;
+using torch::stable::Tensor;
+
+inline MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Whether the tensor lies in memory as [N, H, W, C] and not also as [N, C, H, W]: torch's rule, by which sizes of 1 have no stride.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4 || tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+}  // namespace swat
