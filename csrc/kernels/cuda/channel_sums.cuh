@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kNormThreads) sum_planes(SumPlan plan, Source 
   const int64_t first = begin_of(plan, part) + threadIdx.x, last = begin_of(plan, part + 1);
   const auto channel = source.channel(c);
   // No division in the loop: kNormThreads elements on is some samples on, and some pixels.
-  const int64_t samples = kNormThreads / shape.pixels, stride = shape.channels * shape.pixels;
-  const int64_t pixels = kNormThreads % shape.pixels;
+  const int64_t stride = shape.channels * shape.pixels, pixels = kNormThreads % shape.pixels;
+  const int64_t step = kNormThreads / shape.pixels * stride + pixels, carry = stride - shape.pixels;
   const int64_t sample = quotient(first, shape.pixels);
   int64_t pixel = first - sample * shape.pixels;
   int64_t at = sample * stride + c * shape.pixels + pixel;
@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kNormThreads) sum_planes(SumPlan plan, Source 
   for (int64_t i = first; i < last; i += kNormThreads) {
     source.add(channel, at, sums);
     pixel += pixels;
-    at += samples * stride + pixels;
+    at += step;
     if (pixel >= shape.pixels) {
       pixel -= shape.pixels;
-      at += stride - shape.pixels;
+      at += carry;
     }
   }
   add_lanes<Source::kExtremes>(sums);
