@@ -47,9 +47,9 @@ struct GatherLanes {
 template <typename T>
 int64_t tile_of_task(const GatherParams<T>& p, int64_t index) {
   if (p.input.batch % kLanes<T> != 0) return index;
-  const int64_t tiles = ((p.output.width + p.tile_width - 1) / p.tile_width) *
-                        ((p.output.height + p.tile_height - 1) / p.tile_height);
-  return index % tiles * (p.input.batch / kLanes<T>) + index / tiles;
+  const int64_t tiles =
+      ((p.output.width + p.tile_width - 1) / p.tile_width) * ((p.output.height + p.tile_height - 1) / p.tile_height);
+  return index % tiles * (p.input.batch / kLanes<T>)+index / tiles;
 }
 
 template <typename T>
