@@ -102,6 +102,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
     figure, panels = pyplot.subplots(1, len(axes), figsize=(3.6 * len(axes) + 0.5, 3.8), layout="constrained")
@@ -114,8 +115,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             text = f"{row['ratio']:.1f}x"
             panel.annotate(text, (place, row["sparse_ms"]), (0, -13), textcoords="offset points", ha="center", size=8)
         panel.set_yscale("log")
-        for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            formatted("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        times = [row[key] for row in chosen for key in ("dense_ms", "sparse_ms")]
+        # Over a decade or more the labels between its ends would run into each other.
+        panel.yaxis.set_minor_formatter("{x:g}" if max(times) < 20 * min(times) else NullFormatter())
         panel.tick_params(axis="y", which="both", labelsize=7)
         panel.margins(x=0.1, y=0.18)
         panel.set_xticks(places, [_show(axis, row[axis]) for row in chosen], fontsize=8)
