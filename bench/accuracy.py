@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 import torch
-from networks import BATCHNORMS, names
+from paper_networks import BATCHNORMS, names
 from tqdm import tqdm
 
 from swat_ext import SWATConfig, sparsify_

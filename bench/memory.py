@@ -30,7 +30,7 @@ from typing import Any
 import common
 import memory_figures
 import torch
-from networks import (
+from paper_networks import (
     BATCHNORMS,
     LAYOUTS,
     NETWORKS,

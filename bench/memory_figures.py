@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from networks import NETWORKS
+from paper_networks import NETWORKS
 
 from swat_ext.table import human_bytes
 

@@ -19,7 +19,7 @@ from typing import Any
 import common
 import torch
 from layers import Layer, dense_calls, swat_calls, tensors_of
-from networks import names, positives
+from paper_networks import names, positives
 from tqdm import tqdm
 
 AXES = ("sparsity", "batch", "threads", "width")

@@ -23,7 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import common
 import torch
-from networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives, unavailable
+from paper_networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives, unavailable
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
