@@ -78,15 +78,28 @@ Norm<T> run_norm(const KernelTable& table, const Parallel& parallel, const Batch
                  .scale = n.scale.data(),
                  .words = n.words.data()});
   const void* values = saved == Saved::exact ? static_cast<const void*>(input.data()) : n.codes.data();
-  batch_norm_backward<T>(table, parallel, shape, grad.data(),
-                         {.form = saved,
-                          .values = values,
-                          .scale = n.scale.data(),
-                          .mean = n.mean.data(),
-                          .invstd = n.invstd.data(),
-                          .weight = weight.data(),
-                          .mask = n.words.data()},
-                         n.grad_input.data(), n.grad_weight.data(), n.grad_bias.data());
+  BatchNormSaved<T> from{.form = saved,
+                         .values = values,
+                         .scale = n.scale.data(),
+                         .mean = n.mean.data(),
+                         .invstd = n.invstd.data(),
+                         .weight = weight.data(),
+                         .bias = nullptr,
+                         .mask = n.words.data(),
+                         .rectified = false};
+  auto backward = [&] {
+    batch_norm_backward<T>(table, parallel, shape, grad.data(), from, n.grad_input.data(), n.grad_weight.data(),
+                           n.grad_bias.data());
+  };
+  backward();
+  if (saved == Saved::exact) {
+    // The ReLU's sign, found again from the input, is that of its mask.
+    const std::vector<T> masked = n.grad_input;
+    from.mask = nullptr;
+    from.rectified = true;
+    backward();
+    EXPECT_TRUE(same_bits(n.grad_input, masked));
+  }
   return n;
 }
 
