@@ -54,9 +54,11 @@ def test_a_layer_measures_once_for_each_shape(monkeypatch, layer):
     assert reason.startswith("measured: ")
     with torch.no_grad():
         layer(torch.randn(size))
+        assert len(measured) == 1  # a checkpoint's first forward
+        layer.eval()(torch.randn(size))
     assert len(measured) == 2
     assert not measured[1].backward
-    twin = copy.deepcopy(layer)
+    twin = copy.deepcopy(layer).train()
     twin(torch.randn(size)).sum().backward()
     assert len(measured) == 2
 

@@ -201,7 +201,8 @@ class SWATLayer(nn.Module):
                 (stride, padding, dilation, groups),
                 self._weight_ratio,
                 self._activation_ratio,
-                backward=torch.is_grad_enabled() and self.weight.requires_grad,
+                # In training also without gradients: a checkpoint's two forwards must choose alike.
+                backward=self.weight.requires_grad and (self.training or torch.is_grad_enabled()),
             )
             if problem is not None:
                 self._choice, key = measured_choice(problem, input.dtype, input.device, self._choice)
