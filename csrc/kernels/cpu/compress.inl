@@ -24,18 +24,23 @@ inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, B
   return out - begin;
 }
 
-// Rows of kLanes channels out of channels-last pixels: scratch[r][pixel], rows `pixels` rounded up to kLanes apart.
+// kLanes channels out of channels-last pixels, as they lie in logical order: scratch[channel][pixel], and a vector to spare.
 template <typename T>
-inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride, T* scratch, int64_t row) {
+inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride, T* scratch) {
   constexpr int kN = kLanes<T>;
-  for (int64_t p = 0; p < pixels; p += kN) {
-    auto channel = [&](int k) { return scratch + k * row + p; };
-    if (p + kN <= pixels) {
-      transpose<T>([&](int k) { return data + (p + k) * pixel_stride; }, channel);
-    } else {
-      // Past the end the last pixel is read again; those columns are never looked at.
-      transpose<T>([&](int k) { return data + std::min(p + k, pixels - 1) * pixel_stride; }, channel);
+  constexpr int kFew = 2;  // 3 x 3 taps are a vector and one: not worth a transpose
+  const int64_t whole = pixels / kN * kN;
+  if (pixels - whole > kFew) {
+    // A transpose writes whole vectors: first this one, whose surplus is where the next channel begins.
+    transpose<T>([&](int k) { return data + std::min(whole + k, pixels - 1) * pixel_stride; },
+                 [&](int k) { return scratch + k * pixels + whole; });
+  } else {
+    for (int64_t p = whole; p < pixels; ++p) {
+      for (int k = 0; k < kN; ++k) scratch[k * pixels + p] = data[p * pixel_stride + k];
     }
+  }
+  for (int64_t p = 0; p < whole; p += kN) {
+    transpose<T>([&](int k) { return data + (p + k) * pixel_stride; }, [&](int k) { return scratch + k * pixels + p; });
   }
 }
 
@@ -43,7 +48,7 @@ inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride,
 template <typename T>
 int64_t compress_scratch(const PlanesView<const T>& view) {
   if (view.pixel_stride == 1) return 0;
-  return kLanes<T> * ((view.pixels + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
+  return kLanes<T> * (view.pixels + 1);
 }
 
 // Compress planes [begin, end), in order. Returns the kept elements; `out` needs a spare vector. `words` is zeroed beforehand.
@@ -53,7 +58,6 @@ int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t be
   constexpr int kN = kLanes<T>;
   BitWriter writer(words, begin * view.pixels);
   T* const first = out;
-  const int64_t row = (view.pixels + kN - 1) / kN * kN;
   for (int64_t plane = begin; plane < end;) {
     const int64_t channel = plane % view.channels;
     const T* data = view.data + plane / view.channels * view.outer_stride + channel * view.channel_stride;
@@ -62,8 +66,8 @@ int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t be
       out += compress_run(data, pixels, threshold, out, writer);
       ++plane;
     } else if (view.channel_stride == 1 && std::min(view.channels - channel, end - plane) >= kN) {
-      gather_channels(data, pixels, view.pixel_stride, scratch, row);
-      for (int k = 0; k < kN; ++k) out += compress_run(scratch + k * row, pixels, threshold, out, writer);
+      gather_channels(data, pixels, view.pixel_stride, scratch);
+      out += compress_run(scratch, kN * pixels, threshold, out, writer);
       plane += kN;
     } else {
       for (int64_t i = 0; i < pixels; ++i) scratch[i] = data[i * view.pixel_stride];
