@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace swat {
 
@@ -13,6 +14,22 @@ using torch::stable::Tensor;
 
 inline MemoryFormat memory_format(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Strides of a dense tensor of either format; 4 dimensions where it is channels_last.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size, bool channels_last) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  auto next = [&](size_t dim) {
+    strides[dim] = stride;
+    stride *= size[dim];
+  };
+  if (channels_last) {
+    for (size_t dim : {1, 3, 2, 0}) next(dim);
+  } else {
+    for (size_t dim = size.size(); dim-- > 0;) next(dim);
+  }
+  return strides;
 }
 
 // Whether the tensor lies in memory as [N, H, W, C] and not also as [N, C, H, W]: torch's rule, by which sizes of 1 have no stride.

@@ -1,0 +1,151 @@
+#include "block_cache.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+
+namespace swat::cpu {
+namespace {
+
+const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+constexpr size_t kLargePage = size_t{2} << 20;
+
+// Sizes that differ a little from step to step (kept elements) share a class: at most a sixteenth is added.
+size_t round_up(size_t bytes) {
+  size_t step = kPage;
+  while (step * 32 <= bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+// Fresh pages, large ones where the system has them: they are cleared once and used often.
+char* map(size_t bytes) {
+  const size_t spare = bytes >= kLargePage ? kLargePage : 0;
+  void* const mapped = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* begin = static_cast<char*>(mapped);
+  if (spare > 0) {
+    const size_t before = (kLargePage - reinterpret_cast<uintptr_t>(begin) % kLargePage) % kLargePage;
+    if (before > 0) munmap(begin, before);
+    begin += before;
+    if (spare > before) munmap(begin + bytes, spare - before);
+#ifdef MADV_HUGEPAGE
+    madvise(begin, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);  // a hint
+#endif
+  }
+  return begin;
+}
+
+}  // namespace
+
+BlockCache* BlockCache::shared() {
+  static BlockCache* const cache = [] {
+    const char* const wanted = std::getenv("SWAT_CPU_CACHE");
+    if (wanted != nullptr && std::strcmp(wanted, "0") == 0) return static_cast<BlockCache*>(nullptr);
+    pthread_atfork([] { shared()->lock(); }, [] { shared()->unlock(); }, [] { shared()->unlock(); });
+    return new BlockCache;
+  }();
+  return cache;
+}
+
+void BlockCache::insert(char* begin, size_t bytes) {
+  auto next = free_.lower_bound(begin);
+  if (next != free_.end() && begin + bytes == next->first) {
+    bytes += next->second;
+    free_by_size_.erase({next->second, next->first});
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    const auto before = std::prev(next);
+    if (before->first + before->second == begin) {
+      begin = before->first;
+      bytes += before->second;
+      free_by_size_.erase({before->second, before->first});
+      free_.erase(before);
+    }
+  }
+  free_.emplace(begin, bytes);
+  free_by_size_.emplace(bytes, begin);
+}
+
+void BlockCache::erase(std::map<char*, size_t>::iterator range) {
+  free_by_size_.erase({range->second, range->first});
+  free_.erase(range);
+}
+
+// The smallest cached range that is large enough, cut to size; null if there is none.
+char* BlockCache::take(size_t bytes) {
+  const auto found = free_by_size_.lower_bound({bytes, nullptr});
+  if (found == free_by_size_.end()) return nullptr;
+  const auto [size, begin] = *found;
+  erase(free_.find(begin));
+  cached_ -= size;
+  if (size > bytes) {
+    insert(begin + bytes, size - bytes);
+    cached_ += size - bytes;
+  }
+  return begin;
+}
+
+size_t BlockCache::trim_locked(size_t keep) noexcept {
+  size_t gone = 0;
+  while (cached_ > keep) {
+    const auto [size, begin] = *free_by_size_.begin();
+    const size_t excess = (cached_ - keep + kPage - 1) / kPage * kPage;
+    erase(free_.find(begin));
+    const size_t cut = std::min(size, excess);
+    munmap(begin + (size - cut), cut);
+    if (size > cut) insert(begin, size - cut);
+    cached_ -= cut;
+    gone += cut;
+  }
+  return gone;
+}
+
+void* BlockCache::allocate(size_t bytes) {
+  const size_t size = round_up(bytes);
+  const std::lock_guard<std::mutex> guard(mutex_);
+  char* block = take(size);
+  if (block == nullptr) {
+    // What does not fit makes room for what does: used and cached together stay within the peak.
+    trim_locked(std::max(peak_, used_ + size) - used_ - size);
+    block = map(size);
+    if (block == nullptr) {
+      trim_locked(0);
+      block = map(size);
+    }
+    if (block == nullptr) return nullptr;
+  }
+  blocks_.emplace(block, size);
+  used_ += size;
+  peak_ = std::max(peak_, used_);
+  return block;
+}
+
+void BlockCache::free(void* block) noexcept {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto found = blocks_.find(block);
+  used_ -= found->second;
+  cached_ += found->second;
+  insert(static_cast<char*>(block), found->second);
+  blocks_.erase(found);
+}
+
+size_t BlockCache::trim(size_t keep) noexcept {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  const size_t gone = trim_locked(keep);
+  peak_ = used_ + cached_;
+  return gone;
+}
+
+BlockCache::Usage BlockCache::usage() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return {used_, cached_, peak_};
+}
+
+}  // namespace swat::cpu
