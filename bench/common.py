@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,15 @@ from swat_ext import _C, functional
 
 # A sample shorter than this is repeated: timers and wake-ups of threads would be a visible part of it.
 _SHORTEST_SAMPLE_S = 2e-3
+
+
+# What glibc does with freed memory. "default": large blocks go back to the system, and fresh ones cost a fault a page.
+# "kept": none go back, which makes steps faster, of dense networks too. "mmap": all of 64 KiB or more go back at once.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "kept": {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"},
+    "mmap": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +80,22 @@ def interleaved(
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 
+def keep_freed_memory() -> None:
+    """Start this script again where glibc keeps freed memory, unless it does already or has been told something else.
+
+    For benches of single layers: many candidates in one process would otherwise pay for one another's fresh pages.
+    """
+    if not any(name in os.environ for name in ALLOCATORS["kept"]):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATORS["kept"]})
+
+
+def _allocator() -> str:
+    """The name in :data:`ALLOCATORS` of how this process was started."""
+    told = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    return next((name for name, variables in ALLOCATORS.items() if variables == told), "as MALLOC_* says")
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -88,6 +114,7 @@ def conditions() -> dict[str, Any]:
         "isa": _C.isa(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "freed_memory": _allocator(),
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
     }

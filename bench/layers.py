@@ -378,4 +378,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    common.keep_freed_memory()
     main()

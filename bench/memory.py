@@ -49,9 +49,6 @@ _PERIOD = 10
 # A batch is the largest once the next one known not to fit is within this share of it.
 _PRECISION = 0.02
 _MOST_PROBES = 10
-# By default glibc keeps freed blocks of up to 32 MiB in its heap, where gaps stay resident: a peak may then be set by
-# the gaps and not by what is in use. "mmap" gives every block of 64 KiB or more back to the system when it is freed.
-ALLOCATORS = {"default": {}, "mmap": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +163,11 @@ def _spawn(case: Case) -> dict[str, Any] | None:
     """
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(dataclasses.asdict(case))]
     paths = [str(Path(swat_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, **ALLOCATORS[case.allocator], "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {
+        **os.environ,
+        **common.ALLOCATORS[case.allocator],
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -285,9 +286,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
     parser.add_argument(
         "--allocators",
-        type=names(list(ALLOCATORS)),
+        type=names(list(common.ALLOCATORS)),
         default=["default"],
-        help="of the CPU's memory, some of default,mmap (large blocks go back to the system at once); default: default",
+        help="what glibc does with freed memory, some of default,kept,mmap; default: default",
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; default: 4")
     parser.add_argument("--limit", type=float, help="GiB for the largest batch, 0 for none; default: 2")

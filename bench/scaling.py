@@ -188,4 +188,5 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    common.keep_freed_memory()
     main()

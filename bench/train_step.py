@@ -4,15 +4,20 @@
     python bench/train_step.py --models resnet18 --batch 64     # one row; rows measured before stay in the file
     python bench/train_step.py --quick                          # one period of two small networks, written nowhere
 
-All networks of a row take their steps in turns in one process. A sparse time is the mean over a whole selection period
-(``--topk-period`` steps, one of which selects), a dense time is that of the faster layout; both are medians over the
-rounds. Weights and saved activations have the same sparsity. Where the time goes is profiled afterwards, in a step that
-selects and one that does not, weighted as they occur; "rest" is what no category names, Python included.
+Each network of a row has a process of its own, and they take their steps in turns. A sparse time is the mean over a
+whole selection period (``--topk-period`` steps, one of which selects), a dense time is that of the faster layout; both
+are medians over the rounds. Weights and saved activations have the same sparsity. Where the time goes is profiled
+afterwards, in steps that select and steps that do not, weighted as they occur; "rest" is what no category names, Python
+included. With --allocators default,kept everything is measured a second time where glibc keeps freed memory, which
+helps dense networks.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +32,12 @@ from paper_networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
+from workers import Worker
 
 _WARM_UP = 2
 # Steps of each dense network in one period.
 _DENSE_STEPS = 2
+_PROFILED = 3
 
 # By the first pattern that an event's name matches; what lies inside such an event belongs to it.
 _CATEGORIES = {
@@ -54,6 +61,15 @@ CATEGORIES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How one network of a row is trained; dense where ``sparsity`` is None."""
+
+    layout: str
+    sparsity: float | None
+    batchnorm: str
+
+
 class _SplitGradients(TorchDispatchMode):
     """Computes the two gradients of PyTorch's convolution one after the other, so that each has its own event."""
 
@@ -73,7 +89,9 @@ class _SplitGradients(TorchDispatchMode):
 
 def _profiled(trainee: Trainee) -> dict[str, float]:
     """Milliseconds of one step in each category."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, _SplitGradients():
+    # Only PyTorch's own convolutions need splitting, and the mode costs time at every operator.
+    splitting = contextlib.nullcontext() if trainee.layers else _SplitGradients()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, splitting:
         started = time.perf_counter()
         trainee.step()
         total = 1e3 * (time.perf_counter() - started)
@@ -91,18 +109,48 @@ def _profiled(trainee: Trainee) -> dict[str, float]:
 
 
 def breakdown(trainee: Trainee, period: int) -> dict[str, float]:
-    """Milliseconds of a mean step in each category, one in ``period`` selecting."""
-    if not trainee.layers:
-        return _profiled(trainee)
-    trainee.select_next()
-    selecting, other = _profiled(trainee), _profiled(trainee)
-    return {name: (selecting[name] + (period - 1) * other[name]) / period for name in CATEGORIES}
+    """Milliseconds of a mean step in each category, one in ``period`` selecting; medians of a few."""
+    trainee.step()  # warm again, after the other processes
+    selecting, other = [], []
+    for _ in range(_PROFILED):
+        trainee.select_next()
+        selecting.append(_profiled(trainee))
+        other.append(_profiled(trainee))
+
+    def median(steps: list[dict[str, float]], name: str) -> float:
+        return statistics.median(step[name] for step in steps)
+
+    return {name: (median(selecting, name) + (period - 1) * median(other, name)) / period for name in CATEGORIES}
 
 
-def _timed(trainee: Trainee) -> float:
-    started = time.perf_counter()
-    trainee.step()
-    return 1e3 * (time.perf_counter() - started)
+class Runner:
+    """What the process of one network does."""
+
+    def __init__(self, name: str, batch: int, width: float, run: Run, period: int) -> None:
+        network = NETWORKS[name]
+        model = network.build(width=width)
+        if run.sparsity is None:
+            model = model.to(memory_format=LAYOUTS[run.layout])
+        else:
+            model = make_sparse(model, run.sparsity, run.batchnorm, period)
+        self._trainee = Trainee(model, network.data(batch, run.layout))
+        self._period = period
+        for _ in range(_WARM_UP):
+            self._trainee.step()
+
+    def step(self) -> float:
+        """Milliseconds of one step."""
+        started = time.perf_counter()
+        self._trainee.step()
+        return 1e3 * (time.perf_counter() - started)
+
+    def select_next(self) -> None:
+        self._trainee.select_next()
+
+    def breakdown(self) -> dict[str, float]:
+        """Where the time of a step goes, after a check that training went well."""
+        self._trainee.check()
+        return breakdown(self._trainee, self._period)
 
 
 def measure(
@@ -114,49 +162,44 @@ def measure(
     rounds: int,
     period: int,
     width: float,
+    allocator: str,
     progress: tqdm,
 ) -> dict[str, Any]:
     """One row: every network's time, the ratios, and where the time goes."""
     progress.set_description(f"{network.title}, batch {batch}")
     conditions = common.conditions()
-    dense = network.build(width=width)
-    trainees: dict[str, Trainee] = {}
-    data = {layout: network.data(batch, layout) for layout in LAYOUTS}
-    for batchnorm in batchnorms:
-        for sparsity in sparsities:
-            model = make_sparse(dense, sparsity, batchnorm, period)
-            trainees[_label(sparsity, batchnorm)] = Trainee(model, data["channels_last"])
-    for layout, memory_format in LAYOUTS.items():
-        model = network.build(width=width).to(memory_format=memory_format)
-        trainees[f"dense {layout}"] = Trainee(model, data[layout])
-
-    for trainee in trainees.values():
-        for _ in range(_WARM_UP):
-            trainee.step()
-        trainee.select_next()  # a round is one whole period
-    samples: dict[str, list[float]] = {name: [] for name in trainees}
-    order = list(trainees)
-    dense_at = {number * period // _DENSE_STEPS for number in range(min(_DENSE_STEPS, period))}
-    for number in range(rounds):
-        taken: dict[str, list[float]] = {name: [] for name in trainees}
-        for step in range(period):
-            first = (number + step) % len(order)
-            for name in order[first:] + order[:first]:
-                if trainees[name].layers or step in dense_at:
-                    taken[name].append(_timed(trainees[name]))
-            progress.update()
-        for name, times in taken.items():
-            samples[name].append(sum(times) / len(times))
-        for trainee in trainees.values():
-            trainee.select_next()
-    timings = {name: common.Timing(tuple(times)) for name, times in samples.items()}
-    layout = min(LAYOUTS, key=lambda name: timings[f"dense {name}"].median)
+    runs = {
+        _label(sparsity, name): Run("channels_last", sparsity, name) for name in batchnorms for sparsity in sparsities
+    }
+    runs |= {f"dense {layout}": Run(layout, None, "exact") for layout in LAYOUTS}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                Worker(Runner, network.name, batch, width, run, period, environment=common.ALLOCATORS[allocator])
+            )
+            for name, run in runs.items()
+        }
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        order = list(runs)
+        dense_at = {number * period // _DENSE_STEPS for number in range(min(_DENSE_STEPS, period))}
+        for number in range(rounds):
+            for worker in workers.values():
+                worker.call("select_next")  # a round is one whole period
+            taken: dict[str, list[float]] = {name: [] for name in runs}
+            for step in range(period):
+                first = (number + step) % len(order)
+                for name in order[first:] + order[:first]:
+                    if runs[name].sparsity is not None or step in dense_at:
+                        taken[name].append(workers[name].call("step"))
+                progress.update()
+            for name, times in taken.items():
+                samples[name].append(sum(times) / len(times))
+        timings = {name: common.Timing(tuple(times)) for name, times in samples.items()}
+        layout = min(LAYOUTS, key=lambda name: timings[f"dense {name}"].median)
+        sparse = [name for name, run in runs.items() if run.sparsity is not None]
+        parts = {"dense": workers[f"dense {layout}"].call("breakdown")}
+        parts |= {name: workers[name].call("breakdown") for name in sparse}
     fastest = timings[f"dense {layout}"].median
-    parts = {}
-    for name, trainee in trainees.items():
-        trainee.check()
-        if trainee.layers or name == f"dense {layout}":
-            parts[name.removesuffix(f" {layout}")] = breakdown(trainee, period)
     return {
         "model": network.name,
         "title": network.title,
@@ -164,11 +207,12 @@ def measure(
         "size": network.size,
         "width": width,
         "topk_period": period,
+        "allocator": allocator,
         "conditions": conditions,
         "dense_layout": layout,
         "timings": {name: timing.to_dict() for name, timing in timings.items()},
-        "ratios": {name: fastest / timings[name].median for name, trainee in trainees.items() if trainee.layers},
-        "breakdown": {"dense": parts.pop("dense"), **parts},
+        "ratios": {name: fastest / timings[name].median for name in sparse},
+        "breakdown": parts,
     }
 
 
@@ -179,7 +223,7 @@ def _label(sparsity: float, batchnorm: str) -> str:
 def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
     """The tables, in Markdown."""
     labels = list(dict.fromkeys(label for row in rows for label in row["ratios"]))
-    header = ["network", "batch", "dense ms", "layout", *labels]
+    header = ["network", "batch", "freed memory", "dense ms", "layout", *labels]
     lines: list[list[object]] = []
     for row in rows:
         dense = row["timings"][f"dense {row['dense_layout']}"]["median_ms"]
@@ -188,10 +232,10 @@ def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
             for label in labels
             for ratio in [row["ratios"].get(label)]
         ]
-        lines.append([row["title"], row["batch"], f"{dense:.0f}", row["dense_layout"], *cells])
+        lines.append([row["title"], row["batch"], row["allocator"], f"{dense:.0f}", row["dense_layout"], *cells])
     parts = [
         [row["title"], row["batch"], name, *(f"{part[category]:.0f}" for category in CATEGORIES)]
-        for row in rows
+        for row in _usual(rows)
         for name, part in row["breakdown"].items()
     ]
     return "\n".join(
@@ -213,6 +257,11 @@ def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
     )
 
 
+def _usual(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the first allocator alone: the others are there to be compared in the table."""
+    return [row for row in rows if row["allocator"] == rows[0]["allocator"]]
+
+
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A bar for each run, as a share of its dense step, by category."""
     import matplotlib
@@ -220,6 +269,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = _usual(rows)
     figure, axes = pyplot.subplots(figsize=(2 + 2.1 * len(rows), 4.8), layout="constrained")
     place, ticks = 0.0, []
     for row in rows:
@@ -251,8 +301,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _place(row: dict[str, Any]) -> tuple[int, ...]:
+    return (list(common.ALLOCATORS).index(row["allocator"]), list(NETWORKS).index(row["model"]), row["batch"])
+
+
 def _write(path: Path, rows: list[dict[str, Any]], skipped: dict[str, str]) -> None:
-    rows = sorted(rows, key=lambda row: (list(NETWORKS).index(row["model"]), row["batch"], row["width"]))
+    rows = sorted(rows, key=_place)
     common.write_json(path, {"rows": rows, "skipped": skipped})
     path.with_suffix(".md").write_text(report(rows, skipped), encoding="utf-8")
     plot(rows, path.with_suffix(".png"))
@@ -266,6 +320,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
     parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
     parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
+    parser.add_argument(
+        "--allocators", type=names(list(common.ALLOCATORS)), default=["default"], help="some of default,kept,mmap"
+    )
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
     parser.add_argument("--quick", action="store_true", help="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
@@ -289,10 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     cases = []
     for name in models:
         batches = options.batch or NETWORKS[name].batches[: 1 if options.quick else None]
-        cases += [(NETWORKS[name], batch) for batch in batches]
+        cases += [(NETWORKS[name], batch, allocator) for batch in batches for allocator in options.allocators]
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(cases) * rounds * options.topk_period, unit="step") as progress:
-        for network, batch in cases:
+        for network, batch, allocator in cases:
             row = measure(
                 network,
                 batch,
@@ -301,11 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 rounds=rounds,
                 period=options.topk_period,
                 width=options.width,
+                allocator=allocator,
                 progress=progress,
             )
             rows.append(row)
             if out is not None:  # after each row, so that an interrupted run keeps what it measured
-                _write(out, common.merge_rows(out, rows, ("model", "batch", "width")), skipped)
+                _write(out, common.merge_rows(out, rows, ("model", "batch", "width", "allocator")), skipped)
     print(report(rows, skipped))
     if out is not None:
         print(f"written: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
