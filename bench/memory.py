@@ -226,7 +226,7 @@ def measure_network(
     options: argparse.Namespace, name: str, batch: int, allocator: str, progress: tqdm
 ) -> list[dict[str, Any]]:
     """A row for each run of one network with one allocator; the first allocator alone has a largest batch."""
-    network, conditions = NETWORKS[name], common.conditions()
+    network, conditions = NETWORKS[name], common.conditions() | {"freed_memory": allocator}
     base = Case(
         model=name,
         batch=batch,

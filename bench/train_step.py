@@ -167,7 +167,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: every network's time, the ratios, and where the time goes."""
     progress.set_description(f"{network.title}, batch {batch}")
-    conditions = common.conditions()
+    conditions = common.conditions() | {"freed_memory": allocator}
     runs = {
         _label(sparsity, name): Run("channels_last", sparsity, name) for name in batchnorms for sparsity in sparsities
     }

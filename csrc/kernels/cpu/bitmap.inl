@@ -38,6 +38,18 @@ inline void for_each_bit(const uint64_t* words, int64_t begin, int64_t end, F&& 
   }
 }
 
+// Transpose 8 x 8 bits: bit 8 * i + j moves to 8 * j + i.
+inline uint64_t transpose_bits(uint64_t x) {
+  auto swap = [&x](uint64_t mask, int shift) {
+    const uint64_t t = (x ^ (x >> shift)) & mask;
+    x ^= t ^ (t << shift);
+  };
+  swap(0x00aa00aa00aa00aa, 7);
+  swap(0x0000cccc0000cccc, 14);
+  swap(0x00000000f0f0f0f0, 28);
+  return x;
+}
+
 // Appends bits to a zeroed bitmap from any position. Words that another writer may share are merged atomically.
 class BitWriter {
  public:
@@ -64,6 +76,16 @@ class BitWriter {
       filled_ -= 64;
       pending_ = filled_ == 0 ? 0 : bits >> (count - filled_);
     }
+  }
+
+  // The same for 0 < count <= 64.
+  void push_word(uint64_t bits, int count) {
+    if (count > 32) {
+      push(bits & 0xffffffff, 32);
+      bits >>= 32;
+      count -= 32;
+    }
+    push(bits, count);
   }
 
  private:

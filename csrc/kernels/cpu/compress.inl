@@ -1,11 +1,31 @@
 // Between a dense tensor and its packed form.
 
+// Bits of a word up to which its kept elements are copied one by one.
+inline constexpr int kFewBits = 20;
+
 // Compress `count` contiguous elements: values to `out`, bits to `writer`. Returns the kept elements; `out` needs kLanes<T> spare.
 template <typename T>
 inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, BitWriter& writer) {
   constexpr int kN = kLanes<T>;
   T* const begin = out;
   int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    uint64_t word = 0;
+#pragma GCC unroll 32
+    for (int j = 0; j < 64; j += kN) {
+      word |= static_cast<uint64_t>(kept_bits<T>(load_unaligned(data + i + j), threshold)) << j;
+    }
+    writer.push_word(word, 64);
+    if (__builtin_popcountll(word) <= kFewBits) {
+      for (; word != 0; word &= word - 1) *out++ = data[i + __builtin_ctzll(word)];
+    } else {
+      for (int j = 0; j < 64; j += kN) {
+        const uint32_t bits = word >> j & ((uint64_t{1} << kN) - 1);
+        store_kept<T>(out, load_unaligned(data + i + j), bits);
+        out += __builtin_popcount(bits);
+      }
+    }
+  }
   for (; i + kN <= count; i += kN) {
     const Vec<T> v = load_unaligned(data + i);
     const uint32_t bits = kept_bits<T>(v, threshold);
@@ -20,6 +40,60 @@ inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, B
     writer.push(bits, static_cast<int>(count - i));
     store_kept<T>(out, v, bits);
     out += __builtin_popcount(bits);
+  }
+  return out - begin;
+}
+
+// Most channels whose bits are found together.
+inline constexpr int64_t kMostTogether = 1024;
+
+// Channels whose bits are transposed together: whole bytes.
+template <typename T>
+inline constexpr int kBitChannels = std::max(kLanes<T>, 8);
+
+// words[channel][pixel / 64] of channels-last pixels: reads memory once, in order, and transposes bits in place of elements.
+// `channels` is a multiple of kBitChannels. Returns the set bits.
+template <typename T>
+inline int64_t find_kept(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, T threshold,
+                         uint64_t* words) {
+  constexpr int kN = kLanes<T>, kC = kBitChannels<T>;
+  const int64_t row = (pixels + 63) / 64;
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(words);
+  uint64_t squares[kMostTogether / 8];  // 8 pixels x 8 channels each
+  uint8_t* const pixel_bits = reinterpret_cast<uint8_t*>(squares);
+  std::fill_n(words, channels * row, uint64_t{0});
+  int64_t kept = 0;
+  for (int64_t p = 0; p < pixels; p += 8) {
+    const int64_t count = std::min<int64_t>(8, pixels - p);
+    if (count < 8) std::fill_n(squares, channels / 8, uint64_t{0});
+    for (int64_t i = 0; i < count; ++i) {
+      const T* from = data + (p + i) * pixel_stride;
+      for (int64_t c = 0; c < channels; c += kC) {
+        uint32_t bits = 0;
+        for (int k = 0; k < kC; k += kN) bits |= kept_bits<T>(load_unaligned(from + c + k), threshold) << k;
+        for (int k = 0; k < kC; k += 8) pixel_bits[c + k + i] = static_cast<uint8_t>(bits >> k);
+      }
+    }
+    for (int64_t c = 0; c < channels; c += 8) {
+      kept += __builtin_popcountll(squares[c / 8]);
+      const uint64_t rows = transpose_bits(squares[c / 8]);
+      for (int k = 0; k < 8; ++k) bytes[(c + k) * row * 8 + p / 8] = static_cast<uint8_t>(rows >> 8 * k);
+    }
+  }
+  return kept;
+}
+
+// The elements that find_kept found, channel by channel, and their bits; returns their number.
+template <typename T>
+inline int64_t take_kept(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, const uint64_t* words,
+                         T* out, BitWriter& writer) {
+  T* const begin = out;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < pixels; p += 64, ++words) {
+      writer.push_word(*words, static_cast<int>(std::min<int64_t>(64, pixels - p)));
+      const T* from = data + p * pixel_stride + c;
+      for (uint64_t word = *words; word != 0; word &= word - 1) *out++ = from[__builtin_ctzll(word) * pixel_stride];
+    }
   }
   return out - begin;
 }
@@ -44,11 +118,26 @@ inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride,
   }
 }
 
+// Pixels from which a plane's bits are worth finding before its elements are moved.
+inline constexpr int64_t kLongPlane = 64;
+// Where more than one in so many stays, moving all of them is faster.
+inline constexpr int64_t kMostShare = 4;
+
+// Channels whose bits are found together: what they read stays in L2.
+template <typename T>
+int64_t channels_together(int64_t pixels) {
+  constexpr int64_t kBytes = 256 << 10;
+  const int64_t fitting = kBytes / static_cast<int64_t>(sizeof(T)) / pixels;
+  return std::clamp<int64_t>(fitting, kBitChannels<T>, kMostTogether) / kBitChannels<T> * kBitChannels<T>;
+}
+
 // Elements of scratch that compress_planes needs.
 template <typename T>
 int64_t compress_scratch(const PlanesView<const T>& view) {
-  if (view.pixel_stride == 1) return 0;
-  return kLanes<T> * (view.pixels + 1);
+  if (view.pixel_stride == 1 || view.pixels == 0) return 0;
+  if (view.pixels < kLongPlane) return kLanes<T> * (view.pixels + 1);
+  const int64_t words = channels_together<T>(view.pixels) * ((view.pixels + 63) / 64);
+  return std::max<int64_t>(words * 8 / sizeof(T), kLanes<T> * (view.pixels + 1));
 }
 
 // Compress planes [begin, end), in order. Returns the kept elements; `out` needs a spare vector. `words` is zeroed beforehand.
@@ -58,16 +147,29 @@ int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t be
   constexpr int kN = kLanes<T>;
   BitWriter writer(words, begin * view.pixels);
   T* const first = out;
+  auto transposed = [&](const T* data, int64_t pixels) {
+    gather_channels(data, pixels, view.pixel_stride, scratch);
+    return compress_run(scratch, kN * pixels, threshold, out, writer);
+  };
   for (int64_t plane = begin; plane < end;) {
     const int64_t channel = plane % view.channels;
     const T* data = view.data + plane / view.channels * view.outer_stride + channel * view.channel_stride;
     const int64_t pixels = std::min(view.pixels, view.numel - plane * view.pixels);
+    const int64_t adjacent = std::min(view.channels - channel, end - plane);
     if (view.pixel_stride == 1) {
       out += compress_run(data, pixels, threshold, out, writer);
       ++plane;
-    } else if (view.channel_stride == 1 && std::min(view.channels - channel, end - plane) >= kN) {
-      gather_channels(data, pixels, view.pixel_stride, scratch);
-      out += compress_run(scratch, kN * pixels, threshold, out, writer);
+    } else if (view.channel_stride == 1 && pixels >= kLongPlane && adjacent >= kBitChannels<T>) {
+      const int64_t together = std::min(adjacent / kBitChannels<T> * kBitChannels<T>, channels_together<T>(pixels));
+      uint64_t* const found = reinterpret_cast<uint64_t*>(scratch);
+      if (find_kept(data, together, pixels, view.pixel_stride, threshold, found) <= together * pixels / kMostShare) {
+        out += take_kept(data, together, pixels, view.pixel_stride, found, out, writer);
+      } else {
+        for (int64_t c = 0; c < together; c += kN) out += transposed(data + c, pixels);
+      }
+      plane += together;
+    } else if (view.channel_stride == 1 && adjacent >= kN) {
+      out += transposed(data, pixels);
       plane += kN;
     } else {
       for (int64_t i = 0; i < pixels; ++i) scratch[i] = data[i * view.pixel_stride];
