@@ -144,6 +144,7 @@ def conv2d_packed(
     groups: int = 1,
     *,
     backend: Literal["sparse", "dense"] = "sparse",
+    from_weight: bool = False,
 ) -> Tensor:
     """Convolution whose weight, and input for the backward pass, are already packed.
 
@@ -155,6 +156,9 @@ def conv2d_packed(
         packed_input: ``input``, packed, batched or not; None saves nothing, and the gradient of ``weight`` then raises.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on tensors unpacked for the moment.
+        from_weight: whether ``packed_weight`` holds elements of ``weight`` as it is now. On the CPU a parameter's kept
+            elements are then not saved for the backward pass, which takes them from ``weight`` again by their bits;
+            as with PyTorch's layers, it raises if ``weight`` was changed in place in between.
 
     Returns:
         ``[N, O, H', W']`` or ``[O, H', W']``, channels_last where PyTorch's convolution would be.
@@ -162,14 +166,48 @@ def conv2d_packed(
     Raises:
         TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
     """
-    if backend not in _CONVOLUTIONS:
-        raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
     cast = autocast_of(input)
     if cast is not None:
         geometry = (stride, padding, dilation, groups)
         return autocast_call(
-            conv2d_packed, cast, input, weight, bias, packed_weight, packed_input, *geometry, backend=backend
+            conv2d_packed,
+            cast,
+            input,
+            weight,
+            bias,
+            packed_weight,
+            packed_input,
+            *geometry,
+            backend=backend,
+            from_weight=from_weight,
         )
+    retake = from_weight and takes_again(weight)
+    return _conv2d_packed(
+        input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups, backend, retake
+    )
+
+
+def takes_again(weight: Tensor) -> bool:
+    """Whether kept elements of ``weight`` need not be saved: it is a parameter on the CPU, there all the same."""
+    return weight.device.type == "cpu" and weight.is_leaf
+
+
+def _conv2d_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Packed,
+    packed_input: Packed | None,
+    stride: IntPair,
+    padding: str | IntPair,
+    dilation: IntPair,
+    groups: int,
+    backend: Literal["sparse", "dense"],
+    retake_weight: bool,
+) -> Tensor:
+    """:func:`conv2d_packed` without autocast; ``retake_weight``: save ``weight`` in place of its kept elements."""
+    if backend not in _CONVOLUTIONS:
+        raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
     check_tensor("input", input)
     check_like("weight", weight, "input", input)
     if weight.dim() != 4:
@@ -178,9 +216,20 @@ def conv2d_packed(
         raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
     if input.dim() == 3:
         batched = None if packed_input is None else packed_input._replace(size=torch.Size((1, *input.shape)))
-        return conv2d_packed(
-            input.unsqueeze(0), weight, bias, packed_weight, batched, stride, padding, dilation, groups, backend=backend
-        ).squeeze(0)
+        output = _conv2d_packed(
+            input.unsqueeze(0),
+            weight,
+            bias,
+            packed_weight,
+            batched,
+            stride,
+            padding,
+            dilation,
+            groups,
+            backend,
+            retake_weight,
+        )
+        return output.squeeze(0)
 
     out_channels, group_channels, *kernel = weight.shape
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
@@ -231,6 +280,7 @@ def conv2d_packed(
         dilations,
         groups,
         prefers_channels_last(input, weight),
+        retake_weight,
     )
 
 
@@ -276,7 +326,9 @@ def conv2d(
     else:
         as_threshold("activation_threshold", activation_threshold, input)
     packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
-    return conv2d_packed(input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups)
+    return conv2d_packed(
+        input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups, from_weight=True
+    )
 
 
 def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -296,6 +348,7 @@ def linear_packed(
     packed_input: Packed | None,
     *,
     backend: Literal["sparse", "dense"] = "sparse",
+    from_weight: bool = False,
 ) -> Tensor:
     """Linear layer whose weight, and input for the backward pass, are already packed.
 
@@ -305,7 +358,7 @@ def linear_packed(
         bias: ``[out_features]`` or None.
         packed_weight: ``weight``, packed.
         packed_input: ``linear_input_view(input)``, packed; None saves nothing.
-        backend: as in :func:`conv2d_packed`.
+        backend, from_weight: as in :func:`conv2d_packed`.
 
     Returns:
         ``[..., out_features]``.
@@ -315,19 +368,34 @@ def linear_packed(
     """
     cast = autocast_of(input)
     if cast is not None:
-        return autocast_call(linear_packed, cast, input, weight, bias, packed_weight, packed_input, backend=backend)
+        return autocast_call(
+            linear_packed,
+            cast,
+            input,
+            weight,
+            bias,
+            packed_weight,
+            packed_input,
+            backend=backend,
+            from_weight=from_weight,
+        )
     _check_linear(input, weight)
     if input.numel() == 0 or weight.numel() == 0:
         # Nothing to multiply: no image has so few pixels, and PyTorch's own layer costs nothing.
         return torch.nn.functional.linear(input, weight, bias)
     size = torch.Size((*weight.shape, 1, 1))
-    output = conv2d_packed(
+    output = _conv2d_packed(
         linear_input_view(input),
         weight[:, :, None, None],
         bias,
         packed_weight._replace(size=size),
         packed_input,
-        backend=backend,
+        1,
+        0,
+        1,
+        1,
+        backend,
+        from_weight and takes_again(weight),
     )
     return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
 
@@ -375,4 +443,4 @@ def linear(
     else:
         as_threshold("activation_threshold", activation_threshold, input)
     packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
-    return linear_packed(input, weight, bias, packed_weight, packed_input)
+    return linear_packed(input, weight, bias, packed_weight, packed_input, from_weight=True)

@@ -83,6 +83,11 @@ def _fake_packed(input: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
     return input.new_empty([length]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
 
 
+@torch.library.register_fake("swat_ext::take")
+def _(input: Tensor, mask: Tensor, count: int) -> Tensor:
+    return input.new_empty([count])
+
+
 @torch.library.register_fake("swat_ext::decompress")
 def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
     return _empty(values, size, channels_last)
@@ -101,6 +106,7 @@ def _fake_conv2d(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    retake_weight: bool = False,
 ) -> Tensor:
     return _empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
 
@@ -166,6 +172,7 @@ def masked_conv2d(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    retake_weight: bool = False,
 ) -> Tensor:
     """``conv2d`` by ``torch.convolution`` on the unpacked weight; arguments and result as ``swat_ext::conv2d``."""
     dense = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight.shape, channels_last)
@@ -248,20 +255,28 @@ def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
 
 
 def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]) -> None:
-    """Give convolution ``name`` its gradient (spec: "One layer"); only packed tensors are saved for it."""
+    """Give convolution ``name`` its gradient (spec: "One layer"); only packed tensors are saved for it.
+
+    With ``retake_weight`` the kept weights are taken from the weight once more: saving a parameter takes no memory.
+    """
 
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        (input, weight, _, weight_values, weight_mask, input_values, input_mask, *geometry, channels_last) = inputs
-        ctx.save_for_backward(weight_values, weight_mask, input_values, input_mask)
+        input, weight, _, weight_values, weight_mask, input_values, input_mask, *geometry, channels_last, retake = (
+            inputs
+        )
+        ctx.save_for_backward(weight if retake else weight_values, weight_mask, input_values, input_mask)
+        ctx.retake = retake
+        ctx.kept = weight_values.shape[0]
         ctx.sizes = (input.shape, weight.shape)
         ctx.geometry = geometry
         ctx.channels_last = channels_last
 
     def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
-        weight_values, weight_mask, input_values, input_mask = ctx.saved_tensors
+        weight, weight_mask, input_values, input_mask = ctx.saved_tensors
         input_size, weight_size = ctx.sizes
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
+            weight_values = torch.ops.swat_ext.take(weight, weight_mask, ctx.kept) if ctx.retake else weight
             grad_input = input_grad(
                 grad_output, weight_values, weight_mask, weight_size, input_size, *ctx.geometry, ctx.channels_last
             )
@@ -273,7 +288,7 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
             grad_weight = weight_grad(grad_output, input_values, input_mask, input_size, weight_size, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3))
-        return grad_input, grad_weight, grad_bias, *[None] * 9
+        return grad_input, grad_weight, grad_bias, *[None] * 10
 
     torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
 

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from swat_ext.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
+from swat_ext.functional import takes_again
 from swat_ext.memory import held_by_kind
 from swat_ext.modules import SWATLayer
+from swat_ext.ops import mask_words
 from swat_ext.shapes import Call, trace_calls
 from swat_ext.sparsify import LeftDense, Surveyed, survey
 from swat_ext.table import human_bytes, human_count, human_share, render
@@ -31,8 +33,9 @@ class LayerReport:
         input_size, output_size: of the first call, batch included; None where there was none.
         dense_flops, swat_flops: FLOPs of forward, input gradient and weight gradient; None where not known.
         dense_bytes: what PyTorch's layer keeps of its inputs for the backward pass; None where not known.
-        activation_bytes, weight_bytes: what this layer keeps: packed inputs and packed weight, each time that it is
-            called (for a dense layer its inputs).
+        activation_bytes, weight_bytes: what this layer keeps: packed inputs, and of the weight a bit an element (on
+            CUDA, or where the weight is no parameter, its kept elements too), each time that it is called; for a dense
+            layer its inputs.
     """
 
     name: str
@@ -171,7 +174,7 @@ _NO_SIZE = "Give input_size for FLOPs and bytes."
 _NOTES = (
     "weight, input: share of zeros in the weight and in the input kept for the weight gradient.",
     "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
-    "held: kept by these layers from forward to backward, packed weights included, by their budget: exact zeros take",
+    "held: kept by these layers from forward to backward, bits of the weights too, by their budget: exact zeros take",
     "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the dense total.",
     "Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step.",
 )
@@ -236,7 +239,7 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         sparsity, activation_sparsity = sparse.sparsity, sparse.activation_sparsity
         backend, reason = sparse.chosen_backend
         numel, itemsize = sparse.weight.numel(), sparse.weight.element_size()
-        weight_bytes = packed_bytes(numel, sparsity, itemsize)
+        weight_bytes = 8 * mask_words(numel) if takes_again(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
     else:
         sparsity = activation_sparsity = 0.0
         backend, reason = "dense", layer.obstacle or layer.chosen or "sparsify_ was not called on it"

@@ -32,13 +32,49 @@ def test_conv2d_saves_the_packed_tensors_alone(sparsity: float, isa: str, genera
         for name, tensor in (("weight", weight), ("activation", input))
     }
     saved = _saved(lambda: functional.conv2d(input, weight, padding=1, **thresholds))
-    # A byte of each kept value, a bit of each element, a rank for each 1024.
+    # Kept values of the input, and for both a bit of each element and a rank for each 1024. The weight is there anyway.
     numel = input.numel() + weight.numel()
-    expected = sum(functional.keep_count(tensor.numel(), sparsity) for tensor in (input, weight)) * 4
+    expected = functional.keep_count(input.numel(), sparsity) * 4
     expected += numel // 8 + numel // 128
-    held = sum(tensor.untyped_storage().nbytes() for tensor in saved)
+    others = [tensor for tensor in saved if tensor.data_ptr() != weight.data_ptr()]
+    assert len(others) == len(saved) - 1
+    held = sum(tensor.untyped_storage().nbytes() for tensor in others)
     assert held <= 1.01 * expected + 64
     assert held < (0.25 if sparsity == 0.8 else 0.15) * 4 * numel
+
+
+def _gradients(weight: Tensor, own: bool, backend: str, generator: torch.Generator) -> tuple[Tensor, ...]:
+    input = torch.randn(2, 4, 6, 6, generator=generator, requires_grad=True)
+    packed = functional.compress(weight, 0.5), functional.compress(input, 0.5)
+    output = functional.conv2d_packed(input, weight, None, *packed, backend=backend, from_weight=own)
+    return torch.autograd.grad(output.square().sum(), (input, weight))
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_kept_weights_are_taken_again(backend: str, memory_format: torch.memory_format, isa: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(6, 4, 3, 3, generator=generator).to(memory_format=memory_format).requires_grad_()
+    found = [_gradients(weight, own, backend, torch.Generator().manual_seed(6)) for own in (False, True)]
+    for kept, taken in zip(*found, strict=True):
+        assert torch.equal(kept, taken)
+
+
+def test_a_weight_changed_before_the_backward_pass_is_refused(generator: torch.Generator) -> None:
+    input = torch.randn(2, 4, 6, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(6, 4, 3, 3, generator=generator, requires_grad=True)
+    thresholds = {"weight_threshold": 0.5, "activation_threshold": 0.5}
+    output = functional.conv2d(input, weight, **thresholds)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    # A weight that was computed is saved packed: there is no parameter to take it from.
+    computed = weight * 2
+    output = functional.conv2d(input, computed, **thresholds)
+    with torch.no_grad():
+        computed.zero_()
+    assert torch.autograd.grad(output.sum(), input)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("backend", ["sparse", "dense"])
@@ -58,7 +94,8 @@ def test_linear_saves_the_packed_tensors_alone(isa: str, generator: torch.Genera
     input = torch.randn(64, 256, generator=generator)
     weight = torch.randn(128, 256, generator=generator, requires_grad=True)
     saved = _saved(lambda: functional.linear(input, weight, weight_threshold=1.6448536, activation_threshold=1.6448536))
-    assert sum(tensor.untyped_storage().nbytes() for tensor in saved) < 0.15 * 4 * (input.numel() + weight.numel())
+    held = sum(tensor.untyped_storage().nbytes() for tensor in saved if tensor.data_ptr() != weight.data_ptr())
+    assert held < 0.15 * 4 * (input.numel() + weight.numel())
 
 
 def test_nothing_is_saved_without_gradients(isa: str, generator: torch.Generator) -> None:
@@ -71,4 +108,5 @@ def test_nothing_is_saved_without_gradients(isa: str, generator: torch.Generator
     frozen = weight.detach()
     active = input.clone().requires_grad_()
     saved = _saved(lambda: functional.conv2d(active, frozen, weight_threshold=0.5, activation_threshold=0.5))
-    assert sum(tensor.nbytes for tensor in saved) == functional.compress(weight, 0.5).nbytes
+    others = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() != weight.data_ptr())
+    assert others == functional.compress(weight, 0.5).mask.nbytes

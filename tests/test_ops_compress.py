@@ -64,12 +64,14 @@ def test_many_elements(size: int, isa: str, generator: torch.Generator) -> None:
 def test_any_layout(layout: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     rng = random.Random(layout)
     sizes = [(2, 3, 5, 7), (16, 64, 8, 8), (17, 33, 9, 5), (1, 70, 1, 1), (64, 1, 3, 3), (0, 3, 4, 4), (3, 1, 40, 1)]
-    sizes += [(128, 64, 1, 1), (2, 256, 4, 4), (3, 8, 33, 31)]
+    sizes += [(128, 64, 1, 1), (2, 256, 4, 4), (3, 8, 33, 31), (2, 40, 9, 9), (1, 2056, 8, 8)]
     for size in sizes:
         input = in_layout(torch.randn(size, generator=generator, dtype=dtype), layout, rng)
         before = input.clone()
         for threshold in (0.0, 1.3):
             packed = _assert_same_as_reference(input, threshold, f"{layout} {size}, threshold {threshold}")
+            taken = torch.ops.swat_ext.take(input, packed.mask, packed.values.numel())
+            assert_identical(taken, packed.values, "taken again")
             in_channels_last = functional.decompress(packed, channels_last=True)
             assert in_channels_last.is_contiguous(memory_format=torch.channels_last)
             assert_identical(in_channels_last, reference.top(before, threshold) + 0.0, "decompressed to channels_last")
@@ -169,6 +171,27 @@ def test_device(device: torch.device, generator: torch.Generator) -> None:
     assert_identical(packed.values.cpu(), expected.values, "values")
     assert_identical(packed.mask.cpu(), expected.mask, "mask")
     assert_identical(functional.decompress(packed).cpu(), reference.decompress(expected), "decompressed")
+
+
+def test_take_reads_the_tensor_as_it_is_now(isa: str, generator: torch.Generator) -> None:
+    input = torch.randn(8, 16, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
+    packed = functional.compress(input, 1.0)
+    input.mul_(3)
+    taken = torch.ops.swat_ext.take(input, packed.mask, packed.values.numel())
+    assert_identical(taken, packed.values * 3, "taken")
+
+
+def test_take_refuses_what_does_not_fit() -> None:
+    input = torch.arange(100.0)
+    packed = functional.compress(input, 50.0)
+    with pytest.raises(RuntimeError, match="input_values: expected 50 elements, as the mask counts, got 49"):
+        torch.ops.swat_ext.take(input, packed.mask, 49)
+    with pytest.raises(RuntimeError, match="input_mask: expected 2 words for 50 elements, got 3"):
+        torch.ops.swat_ext.take(input[:50], packed.mask, 50)
+    with pytest.raises(RuntimeError, match="count: expected at least 0, got -1"):
+        torch.ops.swat_ext.take(input, packed.mask, -1)
+    with pytest.raises(RuntimeError, match="input: expected"):
+        torch.ops.swat_ext.take(input.half(), packed.mask, 50)
 
 
 def test_results_own_their_memory(isa: str, generator: torch.Generator) -> None:

@@ -41,12 +41,12 @@ def _convolutions() -> list[tuple[Any, ...]]:
         packed_input = functional.compress(input, _THRESHOLD)[:2] if saves else (None, None)
         geometry = ([2, 1], list(padding), [1, 2], groups, channels_last)
         samples.append((input, weight, bias, *packed_weight, *packed_input, *geometry))
-    return samples
+    return [*samples, (*samples[0], True), (*samples[2], True)]  # the weight saved in place of its kept elements
 
 
 def _input_grads() -> list[tuple[Any, ...]]:
     samples = []
-    for input, weight, _, weight_values, weight_mask, _, _, *geometry in _convolutions():
+    for input, weight, _, weight_values, weight_mask, _, _, *geometry in (sample[:12] for sample in _convolutions()):
         output = _randn(*_output_size(input, weight, geometry))
         samples.append((output, weight_values, weight_mask, weight.shape, input.shape, *geometry))
     return samples
@@ -54,7 +54,7 @@ def _input_grads() -> list[tuple[Any, ...]]:
 
 def _weight_grads() -> list[tuple[Any, ...]]:
     samples = []
-    for input, weight, _, _, _, input_values, input_mask, *geometry in _convolutions():
+    for input, weight, _, _, _, input_values, input_mask, *geometry in (sample[:12] for sample in _convolutions()):
         if input_values is not None:
             output = _randn(*_output_size(input, weight, geometry))
             samples.append((output, input_values, input_mask, input.shape, weight.shape, *geometry[:-1]))
@@ -82,6 +82,12 @@ def _decompressions() -> list[tuple[Any, ...]]:
     return [(packed.values, packed.mask, list(packed.size), last) for last in (False, True)] + [
         (packed.values, packed.mask, [210], False)
     ]
+
+
+def _takes() -> list[tuple[Any, ...]]:
+    inputs = [_randn(2, 3, 5, 7), _randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last), _randn(3, 0)]
+    packed = [functional.compress(input, _THRESHOLD) for input in inputs]
+    return [(input, pack.mask, pack.values.numel()) for input, pack in zip(inputs, packed, strict=True)]
 
 
 def _selections() -> list[tuple[Any, ...]]:
@@ -179,6 +185,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "relu_": lambda: [(sample.detach(),) for (sample,) in _relus()],
     "relu_backward": _relu_grads,
     "select": _selections,
+    "take": _takes,
 }
 
 

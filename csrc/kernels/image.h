@@ -17,6 +17,18 @@ struct ImageView {
   SWAT_HOST_DEVICE int64_t numel() const { return batch * channels * height * width; }
 };
 
+// Whether the rows of an image lie evenly one after the other, so that they may be seen as one.
+template <typename T>
+bool rows_join(const ImageView<T>& image) {
+  return image.row_stride == image.width * image.column_stride;
+}
+template <typename T>
+void join_rows(ImageView<T>& image) {
+  image.width *= image.height;
+  image.height = 1;
+  image.row_stride = image.width * image.column_stride;
+}
+
 // A convolution's geometry: what nn.Conv2d takes, with the leading padding of each axis (the output size implies the trailing).
 struct ConvGeometry {
   int64_t batch, groups;

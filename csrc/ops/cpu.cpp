@@ -148,6 +148,21 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
   });
 }
 
+Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
+  return dispatch("input", input, [&]<typename T>() {
+    STD_TORCH_CHECK(count >= 0, "count: expected at least 0, got ", count);
+    Tensor values = empty({count}, input.scalar_type());
+    check_packed("input", values, mask, input.numel());
+    const bool as_it_lies = planes<const T>(input, input.const_data_ptr<T>()).has_value();
+    const Tensor source = as_it_lies ? input : torch::stable::contiguous(input);
+    if (count > 0) {
+      cpu::take<T>(cpu::active(), torch_threads(), packed<T>(values, mask, input.numel()),
+                   *planes<const T>(source, source.const_data_ptr<T>()), values.mutable_data_ptr<T>());
+    }
+    return values;
+  });
+}
+
 Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
     const int64_t numel = product(size);
@@ -166,7 +181,7 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
               const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
               const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
-              const Ints& dilation, int64_t groups, bool channels_last) {
+              const Ints& dilation, int64_t groups, bool channels_last, bool /*retake_weight*/) {
   return dispatch("input", input, [&]<typename T>() {
     const ConvGeometry g =
         check_conv2d(input, weight, bias, weight_values, weight_mask, stride, padding, dilation, groups, check_packed);
@@ -214,6 +229,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values,
 SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
   m.impl("compress", TORCH_BOX(&swat::compress));
+  m.impl("take", TORCH_BOX(&swat::take));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
   m.impl("conv2d", TORCH_BOX(&swat::conv2d));
   m.impl("conv2d_input_grad", TORCH_BOX(&swat::conv2d_input_grad));

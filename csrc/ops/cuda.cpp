@@ -138,7 +138,7 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
               const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
               const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
-              const Ints& dilation, int64_t groups, bool channels_last) {
+              const Ints& dilation, int64_t groups, bool channels_last, bool /*retake_weight*/) {
   return dispatch("input", input, [&]<typename T>() {
     const ConvGeometry g = check_conv2d(input, weight, bias, weight_values, weight_mask, stride, padding, dilation,
                                         groups, check_packed_layout);

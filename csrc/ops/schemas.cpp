@@ -7,12 +7,13 @@ SWAT_LIBRARY(m) {
   m.def(
       "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, SymInt? capacity=None) -> (Tensor values, Tensor "
       "mask)");
+  m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor weight_values, Tensor weight_mask, Tensor? "
       "input_values, "
-      "Tensor? input_mask, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last) "
-      "-> Tensor");
+      "Tensor? input_mask, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last, "
+      "bool retake_weight=False) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight_values, Tensor weight_mask, SymInt[4] weight_size, "
       "SymInt[4] input_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "

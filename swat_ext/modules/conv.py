@@ -91,6 +91,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             self._select_activation(input),
             *geometry,
             backend=self._backend_for(batched, self.weight, *geometry),
+            from_weight=True,
         )
 
     def _check_input(self, input: Tensor) -> None:

@@ -61,6 +61,7 @@ class SWATLinear(SWATLayer, nn.Linear):
             self._select_weight(),
             self._select_activation(view),
             backend=self._backend_for(view, self.weight[:, :, None, None]),
+            from_weight=True,
         )
 
     def _check_input(self, input: Tensor) -> None:

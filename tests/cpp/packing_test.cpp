@@ -52,7 +52,7 @@ template <typename T>
 void check_compress(const KernelTable& table) {
   std::mt19937 random(7);
   for (int round = 0; round < 60; ++round) {
-    const int64_t outer = random() % 3 + 1, channels = random() % 40 + 1, pixels = random() % 70 + 1;
+    const int64_t outer = random() % 3 + 1, channels = random() % 40 + 1, pixels = random() % 150 + 1;
     const bool channels_last = round % 2;
     const int64_t numel = outer * channels * pixels;
     std::vector<T> data(numel);
@@ -71,6 +71,8 @@ void check_compress(const KernelTable& table) {
     PlanesView<T> target{restored.data(),   view.channels,       view.pixels,      view.numel,
                          view.outer_stride, view.channel_stride, view.pixel_stride};
     decompress<T>(table, threads(2), {packed.values.data(), packed.words.data(), packed.ranks.data(), numel}, target);
+    std::vector<T> taken(packed.values.size());
+    take<T>(table, threads(3), {nullptr, packed.words.data(), packed.ranks.data(), numel}, view, taken.data());
     size_t next = 0;
     for (int64_t i = 0; i < numel; ++i) {
       const int64_t at = i / (channels * pixels) * view.outer_stride + i / pixels % channels * view.channel_stride +
@@ -83,6 +85,7 @@ void check_compress(const KernelTable& table) {
       ASSERT_EQ(packed.words[i / 64] >> (i % 64) & 1, kept) << "element " << i << " of " << numel;
       if (kept) {
         ASSERT_LT(next, packed.values.size());
+        ASSERT_TRUE(same_bits(taken[next], v));
         ASSERT_TRUE(same_bits(packed.values[next++], v));
       }
       ASSERT_TRUE(same_bits(restored[at], kept ? v : T{0}));

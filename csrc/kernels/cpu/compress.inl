@@ -199,3 +199,15 @@ void decompress_planes(const PackedView<T>& packed, const PlanesView<T>& view, i
                  [&](int64_t i) { out[i * view.pixel_stride] = *value++; });
   }
 }
+
+// Write to `values` the elements of planes [begin, end) whose bits are set: what compress would keep by those bits.
+template <typename T>
+void take_planes(const PackedView<T>& packed, const PlanesView<const T>& view, int64_t begin, int64_t end, T* values) {
+  T* value = values + rank(packed, begin * view.pixels);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T* from = view.data + plane / view.channels * view.outer_stride + plane % view.channels * view.channel_stride;
+    const int64_t pixels = std::min(view.pixels, view.numel - plane * view.pixels);
+    for_each_bit(packed.words, plane * view.pixels, plane * view.pixels + pixels,
+                 [&](int64_t i) { *value++ = from[i * view.pixel_stride]; });
+  }
+}

@@ -30,13 +30,7 @@ void join_axes(GatherProblem<T>& problem) {
   const bool pointwise = problem.row_taps == std::vector<int64_t>{0} &&
                          problem.column_taps == std::vector<int64_t>{0} && problem.step_h == 1 && problem.step_w == 1;
   if (!pointwise) return;
-  auto rows_join = [](const auto& image) { return image.row_stride == image.width * image.column_stride; };
   if (!rows_join(in) || !rows_join(out)) return;
-  auto join_rows = [](auto& image) {
-    image.width *= image.height;
-    image.height = 1;
-    image.row_stride = image.width * image.column_stride;
-  };
   join_rows(in);
   join_rows(out);
   if (in.batch_stride != in.row_stride || out.batch_stride != out.row_stride) return;

@@ -47,8 +47,7 @@ struct GatherLanes {
 template <typename T>
 int64_t tile_of_task(const GatherParams<T>& p, int64_t index) {
   if (p.input.batch % kLanes<T> != 0) return index;
-  const int64_t tiles =
-      ((p.output.width + p.tile_width - 1) / p.tile_width) * ((p.output.height + p.tile_height - 1) / p.tile_height);
+  const int64_t tiles = p.tiles_h() * p.tiles_w();
   return index % tiles * (p.input.batch / kLanes<T>)+index / tiles;
 }
 
@@ -57,9 +56,7 @@ GatherLanes<T> gather_lanes(const GatherParams<T>& p, int64_t tile) {
   constexpr int kN = kLanes<T>;
   const auto& in = p.input;
   const auto& out = p.output;
-  const int64_t tiles_w = (out.width + p.tile_width - 1) / p.tile_width;
-  const int64_t tiles_h = (out.height + p.tile_height - 1) / p.tile_height;
-  const int64_t instances = tiles_h * tiles_w * in.batch;
+  const int64_t tiles_w = p.tiles_w(), instances = p.tiles_h() * tiles_w * in.batch;
   const auto [row_min, row_max] = std::minmax_element(p.tile_rows, p.tile_rows + p.packed_height);
   const auto [column_min, column_max] = std::minmax_element(p.tile_columns, p.tile_columns + p.packed_width);
   GatherLanes<T> lanes;
@@ -172,8 +169,7 @@ void gather_store(const GatherParams<T>& p, const GatherLanes<T>& lanes, int64_t
 template <typename T, int kH, int kW>
 void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   constexpr int kN = kLanes<T>;
-  const int64_t rows = p.output.channels;
-  const int64_t chunks = (rows + p.row_chunk - 1) / p.row_chunk;
+  const int64_t rows = p.output.channels, chunks = p.row_chunks();
   const int64_t y_plane = p.tile_height * p.tile_width * kN;
   const int64_t pitch_bytes = p.packed_width * kN * static_cast<int64_t>(sizeof(T));
   T* x = scratch;
@@ -222,9 +218,7 @@ int64_t gather_scratch(const GatherParams<T>& p) {
 // Tasks: vectors of tiles times chunks of rows.
 template <typename T>
 int64_t gather_tasks(const GatherParams<T>& p) {
-  const int64_t tiles = ((p.output.width + p.tile_width - 1) / p.tile_width) *
-                        ((p.output.height + p.tile_height - 1) / p.tile_height) * p.input.batch;
-  return (tiles + kLanes<T> - 1) / kLanes<T> * ((p.output.channels + p.row_chunk - 1) / p.row_chunk);
+  return ceil_div(p.tiles_h() * p.tiles_w() * p.input.batch, kLanes<T>) * p.row_chunks();
 }
 
 template <typename T>

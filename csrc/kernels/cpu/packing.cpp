@@ -104,11 +104,20 @@ void decompress(const KernelTable& table, const Parallel& parallel, const Packed
            [&](int64_t begin, int64_t end) { table.of<T>().decompress_planes(packed, view, begin, end); });
 }
 
+template <typename T>
+void take(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
+          const PlanesView<const T>& view, T* values) {
+  if (view.numel == 0) return;
+  parallel(ceil_div(view.numel, view.pixels), std::max<int64_t>(1, kGrainElements / view.pixels),
+           [&](int64_t begin, int64_t end) { table.of<T>().take_planes(packed, view, begin, end, values); });
+}
+
 #define SWAT_INSTANTIATE(T)                                                                                       \
   template T kth_magnitude(const KernelTable&, const Parallel&, const T*, int64_t, int64_t);                      \
   template void compress(const KernelTable&, const Parallel&, const PlanesView<const T>&, T, uint64_t*, int64_t*, \
                          const std::function<T*(int64_t)>&);                                                      \
-  template void decompress(const KernelTable&, const Parallel&, const PackedView<T>&, const PlanesView<T>&);
+  template void decompress(const KernelTable&, const Parallel&, const PackedView<T>&, const PlanesView<T>&);      \
+  template void take(const KernelTable&, const Parallel&, const PackedView<T>&, const PlanesView<const T>&, T*);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)
 #undef SWAT_INSTANTIATE

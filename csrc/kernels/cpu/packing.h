@@ -19,6 +19,11 @@ template <typename T>
 void compress(const KernelTable& table, const Parallel& parallel, const PlanesView<const T>& view, T threshold,
               uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate);
 
+// Write to `values` the elements of `view` whose bits are set in `packed`, whose own values are not read.
+template <typename T>
+void take(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
+          const PlanesView<const T>& view, T* values);
+
 // Write the dense tensor.
 template <typename T>
 void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,

@@ -120,6 +120,11 @@ struct GatherParams {
   const int64_t* starts;
   const GatherEntry<T>* entries;
   int64_t row_chunk;  // rows of output computed in one pass over the channels
+
+  // Tiles of one sample.
+  int64_t tiles_h() const { return ceil_div(output.height, tile_height); }
+  int64_t tiles_w() const { return ceil_div(output.width, tile_width); }
+  int64_t row_chunks() const { return ceil_div(output.channels, row_chunk); }
 };
 
 // dW[o, c, t] = sum over the kept x[n, c, h, w] of x * dy[n, o, ...]: the pixels of one channel share a list, and the vectors run

@@ -35,6 +35,8 @@ struct Kernels {
                              T* scratch, T* out);
   void (*count_blocks)(const uint64_t* words, int64_t numel, int64_t begin, int64_t end, int64_t* counts);
   void (*decompress_planes)(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end);
+  void (*take_planes)(const PackedView<T>& packed, const PlanesView<const T>& view, int64_t begin, int64_t end,
+                      T* values);
 
   // weight_list.inl: output channels; channel blocks
   void (*count_forward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);

@@ -10,13 +10,13 @@ namespace {
 
 // A 1x1 convolution without stride sees no neighbours: join rows that lie evenly in dy, so that tiles need not end with them.
 template <typename T>
-void join_rows(ConvGeometry& g, ImageView<const T>& grad) {
+void join_pixels(ConvGeometry& g, ImageView<const T>& grad) {
   const bool pointwise = g.taps() == 1 && g.stride_height == 1 && g.stride_width == 1 && g.pad_top == 0 &&
                          g.pad_left == 0 && g.in_height == g.out_height && g.in_width == g.out_width;
-  if (!pointwise || grad.row_stride != grad.width * grad.column_stride) return;
-  g.in_width = g.out_width = grad.width = grad.width * grad.height;
-  g.in_height = g.out_height = grad.height = 1;
-  grad.row_stride = grad.width * grad.column_stride;
+  if (!pointwise || !rows_join(grad)) return;
+  join_rows(grad);
+  g.in_width = g.out_width = grad.width;
+  g.in_height = g.out_height = grad.height;
 }
 
 }  // namespace
@@ -26,7 +26,7 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
                              const ImageView<const T>& output, const PackedView<T>& input, T* grad_weight) {
   ConvGeometry g = geometry;
   ImageView<const T> grad_output = output;
-  join_rows(g, grad_output);
+  join_pixels(g, grad_output);
   if (g.stride_height * g.stride_width > 255) {
     throw std::invalid_argument("stride: the weight gradient takes strides whose product is at most 255");
   }
