@@ -39,7 +39,6 @@ from paper_networks import (
     make_sparse,
     names,
     positives,
-    unavailable,
 )
 from tqdm import tqdm
 
@@ -317,10 +316,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return []
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    skipped = {name: reason for name in options.batchnorm if (reason := unavailable(name))}
-    options.batchnorm = [name for name in options.batchnorm if name not in skipped]
-    for name, reason in skipped.items():
-        print(f"not measured, BatchNorm {name}: {reason}")
     cases = []
     for name in options.models:
         batches = options.batch or ([32] if options.quick else NETWORKS[name].batches[:1])
@@ -332,8 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rows += measure_network(options, name, batch, allocator, progress)
             if options.out is not None:  # after each network, so that an interrupted bench keeps what it measured
                 merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "run", "allocator"))
-                memory_figures.write(options.out, merged, skipped)
-    print(memory_figures.report(rows, skipped))
+                memory_figures.write(options.out, merged)
+    print(memory_figures.report(rows))
     if options.out is not None:
         print(f"written: {', '.join(str(options.out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
     return rows

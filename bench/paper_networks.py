@@ -101,11 +101,7 @@ class Trainee:
 
 
 def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) -> nn.Module:
-    """A sparse copy of ``model``, channels_last.
-
-    Raises:
-        NotImplementedError: this version does not have ``batchnorm``.
-    """
+    """A sparse copy of ``model``, channels_last."""
     model = copy.deepcopy(model)
     config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm)
     swat_ext.sparsify_(model, config)
@@ -130,15 +126,6 @@ def checkpoint_blocks_(model: nn.Module) -> int:
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)
-
-
-def unavailable(batchnorm: str) -> str:
-    """Why this version cannot do ``batchnorm``; "" if it can."""
-    try:
-        swat_ext.SWATConfig(0.9, batchnorm=batchnorm)
-    except NotImplementedError as error:
-        return str(error)
-    return ""
 
 
 def names(known: Sequence[str]) -> Callable[[str], list[str]]:
