@@ -151,11 +151,12 @@ def _new_settings(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint; what was asked for must agree with them, unless it changes no result."""
-    settings = dict(stored)
+    # A checkpoint of an earlier version does not have every setting.
+    settings = {**_DEFAULTS, **stored}
     for name, value in asked.items():
         if name in _FREE:
             settings[name] = value
-        elif name in settings and settings[name] != value:
+        elif settings[name] != value:
             raise ValueError(
                 f"--{name.replace('_', '-')}: the run to resume has {settings[name]}, got {value}; "
                 "leave it out, or start another run with another --out"
@@ -181,8 +182,7 @@ def _build(settings: dict[str, Any], data: Data) -> nn.Module:
             activation_sparsity=settings["activation_sparsity"],
             topk_period=settings["topk_period"],
             skip=settings["skip"],
-            # A checkpoint of an earlier version does not say.
-            batchnorm=settings.get("batchnorm", "exact"),
+            batchnorm=settings["batchnorm"],
             backend=settings["backend"],
         )
         sparsify_(model, config)
