@@ -31,7 +31,6 @@ import common
 import memory_figures
 import torch
 from paper_networks import (
-    BATCHNORMS,
     LAYOUTS,
     NETWORKS,
     Trainee,
@@ -43,6 +42,7 @@ from paper_networks import (
 from tqdm import tqdm
 
 import swat_ext
+from swat_ext.config import BATCHNORMS
 
 _PERIOD = 10
 # A batch is the largest once the next one known not to fit is within this share of it.
@@ -282,7 +282,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
     parser.add_argument("--batch", type=positives, help="default: 64, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90")
-    parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument(
+        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
+    )
     parser.add_argument(
         "--allocators",
         type=names(list(common.ALLOCATORS)),

@@ -16,7 +16,6 @@ from swat_ext.models.densenet import DenseLayer, Transition
 from swat_ext.models.wide_resnet import PreActBlock
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-BATCHNORMS = ("exact", "bf16", "int8")
 
 # Small enough that a few dozen steps on random labels change little; no sparsity comes from it.
 _LR, _MOMENTUM, _WEIGHT_DECAY = 1e-3, 0.9, 1e-4

@@ -28,11 +28,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import common
 import torch
-from paper_networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives
+from paper_networks import LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from workers import Worker
+
+from swat_ext.config import BATCHNORMS
 
 _WARM_UP = 2
 # Steps of each dense network in one period.
@@ -316,7 +318,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
     parser.add_argument("--batch", type=positives, help="default: 64,128, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90,95")
-    parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument(
+        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
+    )
     parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
     parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
     parser.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swat_ext.config import SWATConfig
+from swat_ext.config import BATCHNORMS, SWATConfig
 from swat_ext.data import DATA, Data, load_data
 from swat_ext.models import MODELS, STEMS, build_model
 from swat_ext.report import report
@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument(
         "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
     )
-    sparse.add_argument(
-        "--batchnorm", choices=["exact", "bf16", "int8"], help="what BatchNorm keeps for backward (default: exact)"
-    )
+    sparse.add_argument("--batchnorm", choices=BATCHNORMS, help="what BatchNorm keeps for backward (default: exact)")
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
     sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection to the next")
     sparse.add_argument("--topk-warmup-epochs", type=int, metavar="N", help="first epochs that select at every step")
