@@ -17,10 +17,11 @@ from typing import Any
 
 import common
 import torch
-from paper_networks import BATCHNORMS, names
+from paper_networks import names
 from tqdm import tqdm
 
 from swat_ext import SWATConfig, sparsify_
+from swat_ext.config import BATCHNORMS
 from swat_ext.data import load_data
 from swat_ext.models import resnet18
 from swat_ext.training import RECIPES, Trainer

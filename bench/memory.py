@@ -31,7 +31,6 @@ import common
 import memory_figures
 import torch
 from paper_networks import (
-    BATCHNORMS,
     LAYOUTS,
     NETWORKS,
     Trainee,
@@ -39,11 +38,11 @@ from paper_networks import (
     make_sparse,
     names,
     positives,
-    unavailable,
 )
 from tqdm import tqdm
 
 import swat_ext
+from swat_ext.config import BATCHNORMS
 
 _PERIOD = 10
 # A batch is the largest once the next one known not to fit is within this share of it.
@@ -283,7 +282,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
     parser.add_argument("--batch", type=positives, help="default: 64, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90")
-    parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument(
+        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
+    )
     parser.add_argument(
         "--allocators",
         type=names(list(common.ALLOCATORS)),
@@ -317,10 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return []
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    skipped = {name: reason for name in options.batchnorm if (reason := unavailable(name))}
-    options.batchnorm = [name for name in options.batchnorm if name not in skipped]
-    for name, reason in skipped.items():
-        print(f"not measured, BatchNorm {name}: {reason}")
     cases = []
     for name in options.models:
         batches = options.batch or ([32] if options.quick else NETWORKS[name].batches[:1])
@@ -332,8 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rows += measure_network(options, name, batch, allocator, progress)
             if options.out is not None:  # after each network, so that an interrupted bench keeps what it measured
                 merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "run", "allocator"))
-                memory_figures.write(options.out, merged, skipped)
-    print(memory_figures.report(rows, skipped))
+                memory_figures.write(options.out, merged)
+    print(memory_figures.report(rows))
     if options.out is not None:
         print(f"written: {', '.join(str(options.out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
     return rows

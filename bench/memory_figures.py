@@ -44,7 +44,7 @@ def _sorted(rows: Sequence[_Row]) -> list[_Row]:
     )
 
 
-def report(rows: Sequence[_Row], skipped: dict[str, str]) -> str:
+def report(rows: Sequence[_Row]) -> str:
     """The tables, in Markdown."""
     rows = _sorted(rows)
     lines: list[list[object]] = []
@@ -84,7 +84,6 @@ def report(rows: Sequence[_Row], skipped: dict[str, str]) -> str:
     if any(row["out_of_memory"] for row in rows):
         runs = [f"{row['title']} {row['run']}" for row in rows if row["out_of_memory"]]
         notes.append(f"Ran out of memory: {', '.join(runs)}.")
-    notes += [f"Not measured, BatchNorm {name}: {reason}" for name, reason in skipped.items()]
     device = "allocated on the GPU" if any(row["device"] == "cuda" for row in rows) else "resident, whole process"
     return "\n".join(
         [
@@ -147,8 +146,8 @@ def plot(rows: Sequence[_Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(path: Path, rows: Sequence[_Row], skipped: dict[str, str]) -> None:
+def write(path: Path, rows: Sequence[_Row]) -> None:
     """The JSON file, and the tables and the picture beside it."""
-    common.write_json(path, {"rows": _sorted(rows), "skipped": skipped})
-    path.with_suffix(".md").write_text(report(rows, skipped), encoding="utf-8")
+    common.write_json(path, {"rows": _sorted(rows)})
+    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
     plot(rows, path.with_suffix(".png"))

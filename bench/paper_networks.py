@@ -16,7 +16,6 @@ from swat_ext.models.densenet import DenseLayer, Transition
 from swat_ext.models.wide_resnet import PreActBlock
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-BATCHNORMS = ("exact", "bf16", "int8")
 
 # Small enough that a few dozen steps on random labels change little; no sparsity comes from it.
 _LR, _MOMENTUM, _WEIGHT_DECAY = 1e-3, 0.9, 1e-4
@@ -101,11 +100,7 @@ class Trainee:
 
 
 def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) -> nn.Module:
-    """A sparse copy of ``model``, channels_last.
-
-    Raises:
-        NotImplementedError: this version does not have ``batchnorm``.
-    """
+    """A sparse copy of ``model``, channels_last."""
     model = copy.deepcopy(model)
     config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm)
     swat_ext.sparsify_(model, config)
@@ -130,15 +125,6 @@ def checkpoint_blocks_(model: nn.Module) -> int:
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)
-
-
-def unavailable(batchnorm: str) -> str:
-    """Why this version cannot do ``batchnorm``; "" if it can."""
-    try:
-        swat_ext.SWATConfig(0.9, batchnorm=batchnorm)
-    except NotImplementedError as error:
-        return str(error)
-    return ""
 
 
 def names(known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -28,11 +28,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import common
 import torch
-from paper_networks import BATCHNORMS, LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives, unavailable
+from paper_networks import LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from workers import Worker
+
+from swat_ext.config import BATCHNORMS
 
 _WARM_UP = 2
 # Steps of each dense network in one period.
@@ -220,7 +222,7 @@ def _label(sparsity: float, batchnorm: str) -> str:
     return f"{sparsity:.0%}" + ("" if batchnorm == "exact" else f" {batchnorm}")
 
 
-def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
+def report(rows: Sequence[dict[str, Any]]) -> str:
     """The tables, in Markdown."""
     labels = list(dict.fromkeys(label for row in rows for label in row["ratios"]))
     header = ["network", "batch", "freed memory", "dense ms", "layout", *labels]
@@ -251,7 +253,6 @@ def report(rows: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
             "Where the time goes, milliseconds a step (profiled, so that the sums differ a little from the above):",
             "",
             common.markdown(["network", "batch", "run", *CATEGORIES], parts),
-            *(f"\nNot measured, BatchNorm {name}: {reason}" for name, reason in skipped.items()),
             "",
         ]
     )
@@ -305,10 +306,10 @@ def _place(row: dict[str, Any]) -> tuple[int, ...]:
     return (list(common.ALLOCATORS).index(row["allocator"]), list(NETWORKS).index(row["model"]), row["batch"])
 
 
-def _write(path: Path, rows: list[dict[str, Any]], skipped: dict[str, str]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=_place)
-    common.write_json(path, {"rows": rows, "skipped": skipped})
-    path.with_suffix(".md").write_text(report(rows, skipped), encoding="utf-8")
+    common.write_json(path, {"rows": rows})
+    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
     plot(rows, path.with_suffix(".png"))
 
 
@@ -317,7 +318,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
     parser.add_argument("--batch", type=positives, help="default: 64,128, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90,95")
-    parser.add_argument("--batchnorm", type=names(BATCHNORMS), default=["exact"], help="some of exact,bf16,int8")
+    parser.add_argument(
+        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
+    )
     parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
     parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
     parser.add_argument(
@@ -339,10 +342,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     sparsities = options.sparsity or ([0.9] if options.quick else [0.8, 0.9, 0.95])
     rounds = options.rounds or (1 if options.quick else 3)
     out = options.out or (None if options.quick else common.default_out("train_step"))
-    skipped = {name: reason for name in options.batchnorm if (reason := unavailable(name))}
-    batchnorms = [name for name in options.batchnorm if name not in skipped]
-    for name, reason in skipped.items():
-        print(f"not measured, BatchNorm {name}: {reason}")
     cases = []
     for name in models:
         batches = options.batch or NETWORKS[name].batches[: 1 if options.quick else None]
@@ -354,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 network,
                 batch,
                 sparsities,
-                batchnorms,
+                options.batchnorm,
                 rounds=rounds,
                 period=options.topk_period,
                 width=options.width,
@@ -363,8 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             )
             rows.append(row)
             if out is not None:  # after each row, so that an interrupted run keeps what it measured
-                _write(out, common.merge_rows(out, rows, ("model", "batch", "width", "allocator")), skipped)
-    print(report(rows, skipped))
+                _write(out, common.merge_rows(out, rows, ("model", "batch", "width", "allocator")))
+    print(report(rows))
     if out is not None:
         print(f"written: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
     return rows

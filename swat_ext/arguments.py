@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C
+from swat_ext.layout import is_channels_last
 
 __all__ = [
     "HAS_CUDA",
@@ -108,7 +109,4 @@ def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int
 
 def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
     """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
-    return any(
-        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        for tensor in (input, weight)
-    )
+    return is_channels_last(input) or is_channels_last(weight)

@@ -5,15 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Backend", "SWATConfig", "check_backend", "check_batchnorm", "check_period", "check_sparsity"]
+__all__ = [
+    "BATCHNORMS",
+    "Backend",
+    "SWATConfig",
+    "check_backend",
+    "check_batchnorm",
+    "check_period",
+    "check_sparsity",
+]
 
 Backend = Literal["auto", "sparse", "dense"]
+# What a batch normalisation may keep for its backward pass.
+BATCHNORMS = ("exact", "bf16", "int8")
 
 # Every name that an argument may carry, and the ones of them that this version can do.
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "distribution": (("uniform", "erk", "momentum"), ("uniform",)),
     "granularity": (("unstructured", "kernel", "filter", "block"), ("unstructured",)),
-    "batchnorm": (("exact", "bf16", "int8"), ("exact", "bf16", "int8")),
+    "batchnorm": (BATCHNORMS, BATCHNORMS),
     "backend": (get_args(Backend), get_args(Backend)),
 }
 

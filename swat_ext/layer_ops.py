@@ -13,12 +13,12 @@ from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.arguments import HAS_CUDA, supported_dtypes
-from swat_ext.ops import _refuse_second_derivative
+from swat_ext.layout import empty, is_channels_last
+from swat_ext.ops import refuse_second_derivative
 
 __all__ = [
     "batch_norm",
     "has_kernels",
-    "is_channels_last",
     "max_pool2d",
     "normalises_with",
     "pooled_size",
@@ -39,16 +39,6 @@ def has_kernels(input: object) -> bool:
         return False
     kind = input.device.type
     return (kind in ("cpu", "meta") or (kind == "cuda" and HAS_CUDA)) and input.dtype in supported_dtypes(input.device)
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether ``tensor`` lies in memory as ``[N, H, W, C]`` and not also as ``[N, C, H, W]``."""
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _fake_bits(input: Tensor) -> Tensor:
@@ -90,7 +80,7 @@ def _registered(name: str, setup_context: Callable[..., None], backward: Callabl
 
 @torch.library.register_fake("swat_ext::relu")
 def _(input: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(input, input.shape, is_channels_last(input)), _fake_bits(input)
+    return empty(input, input.shape, is_channels_last(input)), _fake_bits(input)
 
 
 @torch.library.register_fake("swat_ext::relu_")
@@ -100,7 +90,7 @@ def _(input: Tensor) -> Tensor:
 
 @torch.library.register_fake("swat_ext::relu_backward")
 def _(grad_output: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
-    return _empty(grad_output, grad_output.shape, channels_last)
+    return empty(grad_output, grad_output.shape, channels_last)
 
 
 def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -177,9 +167,9 @@ def _(
     channels, channels_last = input.shape[1], is_channels_last(input)
     statistics = [input.new_empty([channels], dtype=torch.float64) for _ in range(3)]
     code_dtype = _CODE_DTYPES.get(saved)
-    codes = input.new_empty([0]) if code_dtype is None else _empty(input, input.shape, channels_last, code_dtype)
+    codes = input.new_empty([0]) if code_dtype is None else empty(input, input.shape, channels_last, code_dtype)
     return (
-        _empty(input, input.shape, channels_last),
+        empty(input, input.shape, channels_last),
         *statistics,  # type: ignore[return-value]
         codes,
         input.new_empty([channels if saved == "int8" else 0], dtype=_wide(input.dtype)),
@@ -201,7 +191,7 @@ def _(
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = saved.shape[1]
-    grad_input = _empty(grad_output, saved.shape, is_channels_last(saved))
+    grad_input = empty(grad_output, saved.shape, is_channels_last(saved))
     like = grad_output if weight is None else weight
     return grad_input, like.new_empty([channels]), like.new_empty([channels])
 
@@ -237,7 +227,7 @@ def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
 
 
 batch_norm = _registered("batch_norm", _save_norm, _norm_grad)
-_refuse_second_derivative("batch_norm_backward")
+refuse_second_derivative("batch_norm_backward")
 
 
 # --- Max pooling ------------------------------------------------------------------------------------------------------
@@ -275,7 +265,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     size = pooled_size(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     channels_last = is_channels_last(input)
-    return _empty(input, size, channels_last), _empty(input, size, channels_last, torch.uint8)
+    return empty(input, size, channels_last), empty(input, size, channels_last, torch.uint8)
 
 
 @torch.library.register_fake("swat_ext::max_pool2d_backward")
@@ -289,7 +279,7 @@ def _(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    return _empty(grad_output, input_size, is_channels_last(positions))
+    return empty(grad_output, input_size, is_channels_last(positions))
 
 
 def _save_positions(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -309,4 +299,4 @@ def _pool_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
 
 
 max_pool2d = _registered("max_pool2d", _save_positions, _pool_grad)
-_refuse_second_derivative("max_pool2d_backward")
+refuse_second_derivative("max_pool2d_backward")

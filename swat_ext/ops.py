@@ -18,8 +18,16 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext.layout import empty, memory_format
 
-__all__ = ["REFRESH_SLACK", "capacity", "convolution_size", "mask_words", "weight_grad"]
+__all__ = [
+    "REFRESH_SLACK",
+    "capacity",
+    "convolution_size",
+    "mask_words",
+    "refuse_second_derivative",
+    "weight_grad",
+]
 
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
@@ -58,14 +66,6 @@ def convolution_size(
     return size
 
 
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _empty(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_memory_format(channels_last))
-
-
 @torch.library.register_fake("swat_ext::kth_magnitude")
 def _(input: Tensor, k: int) -> Tensor:
     return input.new_empty(())
@@ -90,7 +90,7 @@ def _(input: Tensor, mask: Tensor, count: int) -> Tensor:
 
 @torch.library.register_fake("swat_ext::decompress")
 def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
-    return _empty(values, size, channels_last)
+    return empty(values, size, channels_last)
 
 
 def _fake_conv2d(
@@ -108,7 +108,7 @@ def _fake_conv2d(
     channels_last: bool,
     retake_weight: bool = False,
 ) -> Tensor:
-    return _empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
+    return empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
 
 
 torch.library.register_fake("swat_ext::conv2d", _fake_conv2d)
@@ -127,7 +127,7 @@ def _fake_input_grad(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    return _empty(grad_output, input_size, channels_last)
+    return empty(grad_output, input_size, channels_last)
 
 
 @torch.library.register_fake("swat_ext::conv2d_weight_grad")
@@ -144,7 +144,7 @@ def _fake_weight_grad(
     *,
     allow_tf32: bool = False,
 ) -> Tensor:
-    return _empty(grad_output, weight_size, False)
+    return empty(grad_output, weight_size, False)
 
 
 # --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call --------------------
@@ -178,7 +178,7 @@ def masked_conv2d(
     dense = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight.shape, channels_last)
     padded, symmetric = _padded(input, padding)
     output = torch.convolution(padded, dense, bias, stride, symmetric, dilation, False, [0, 0], groups)
-    return output.contiguous(memory_format=_memory_format(channels_last))
+    return output.contiguous(memory_format=memory_format(channels_last))
 
 
 masked_conv2d.register_fake(_fake_conv2d)
@@ -208,7 +208,7 @@ def masked_conv2d_input_grad(
     top, _, left, _ = padding if padded is not input else [0] * 4
     grad = grad[:, :, top : top + input_size[2], left : left + input_size[3]]
     # A view of something larger would keep it all alive, and an operator may not return one.
-    return _empty(grad, input_size, channels_last).copy_(grad)
+    return empty(grad, input_size, channels_last).copy_(grad)
 
 
 masked_conv2d_input_grad.register_fake(_fake_input_grad)
@@ -293,7 +293,9 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
     torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
 
 
-def _refuse_second_derivative(name: str) -> None:
+def refuse_second_derivative(name: str) -> None:
+    """Let the derivative of backward operator ``name`` raise NotImplementedError."""
+
     def setup_context(ctx, inputs, output, keyword_only_inputs=None) -> None:  # type: ignore[no-untyped-def]
         pass
 
@@ -311,8 +313,8 @@ _register_gradient(
     "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
 )
 for _name in ("conv2d", "masked_conv2d"):
-    _refuse_second_derivative(f"{_name}_input_grad")
-    _refuse_second_derivative(f"{_name}_weight_grad")
+    refuse_second_derivative(f"{_name}_input_grad")
+    refuse_second_derivative(f"{_name}_weight_grad")
 
 
 # --- Thresholds that live through training ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swat_ext.config import SWATConfig
+from swat_ext.config import BATCHNORMS, SWATConfig
 from swat_ext.data import DATA, Data, load_data
 from swat_ext.models import MODELS, STEMS, build_model
 from swat_ext.report import report
@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument(
         "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
     )
-    sparse.add_argument(
-        "--batchnorm", choices=["exact", "bf16", "int8"], help="what BatchNorm keeps for backward (default: exact)"
-    )
+    sparse.add_argument("--batchnorm", choices=BATCHNORMS, help="what BatchNorm keeps for backward (default: exact)")
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
     sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection to the next")
     sparse.add_argument("--topk-warmup-epochs", type=int, metavar="N", help="first epochs that select at every step")
@@ -151,11 +149,12 @@ def _new_settings(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint; what was asked for must agree with them, unless it changes no result."""
-    settings = dict(stored)
+    # A checkpoint of an earlier version does not have every setting.
+    settings = {**_DEFAULTS, **stored}
     for name, value in asked.items():
         if name in _FREE:
             settings[name] = value
-        elif name in settings and settings[name] != value:
+        elif settings[name] != value:
             raise ValueError(
                 f"--{name.replace('_', '-')}: the run to resume has {settings[name]}, got {value}; "
                 "leave it out, or start another run with another --out"
@@ -181,8 +180,7 @@ def _build(settings: dict[str, Any], data: Data) -> nn.Module:
             activation_sparsity=settings["activation_sparsity"],
             topk_period=settings["topk_period"],
             skip=settings["skip"],
-            # A checkpoint of an earlier version does not say.
-            batchnorm=settings.get("batchnorm", "exact"),
+            batchnorm=settings["batchnorm"],
             backend=settings["backend"],
         )
         sparsify_(model, config)

@@ -455,6 +455,21 @@ def test_a_run_is_not_overwritten_nor_resumed_otherwise(tmp_path: Path, capsys: 
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
+def test_an_older_checkpoint_has_the_defaults_of_later_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train.main([*_ARGUMENTS, "--epochs", "1", "--out", str(out)]) == 0
+    state = load_checkpoint(out / CHECKPOINT)
+    del state["settings"]["batchnorm"]
+    save_checkpoint(out / CHECKPOINT, state)
+    capsys.readouterr()
+    assert train.main(["--out", str(out), "--resume", "--batchnorm", "int8"]) == 1
+    assert "--batchnorm: the run to resume has exact, got int8" in capsys.readouterr().err
+    assert train.main(["--out", str(out), "--resume", "--batchnorm", "exact"]) == 0
+    assert _log(out)[0]["config"]["batchnorm"] == "exact"
+
+
 def test_help_and_unknown_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])

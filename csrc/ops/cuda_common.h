@@ -11,6 +11,7 @@
 
 #include "../kernels/cuda/types.h"
 #include "checks.h"
+#include "layout.h"
 
 // tests/emulator builds the operators with kernels that run on the CPU, to check them where no GPU is at hand.
 #ifdef SWAT_EMULATE_CUDA
@@ -21,8 +22,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 #endif
 
 namespace swat::cuda_ops {
-
-using torch::headeronly::MemoryFormat;
 
 // The device of a tensor while it lives, and torch's current stream there.
 class OnDevice {
@@ -72,8 +71,7 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
 }
 
 inline Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
-  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, memory_format(channels_last));
 }
 inline Tensor scratch(size_t bytes, const Tensor& like) {
   return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);

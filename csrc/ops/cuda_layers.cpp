@@ -6,7 +6,6 @@
 #include "../kernels/cuda/layers.h"
 #include "cuda_common.h"
 #include "layer_checks.h"
-#include "layout.h"
 #include "library.h"
 
 namespace swat {
@@ -14,10 +13,7 @@ namespace {
 
 using namespace cuda_ops;
 
-uint64_t* write_words(const Tensor& mask) { return reinterpret_cast<uint64_t*>(write<int64_t>(mask)); }
-const uint64_t* read_words(const Tensor& mask) { return reinterpret_cast<const uint64_t*>(read<int64_t>(mask)); }
-
-Tensor empty_bits(int64_t numel, const Tensor& like) { return empty({(numel + 63) / 64}, ScalarType::Long, like); }
+Tensor empty_bits(int64_t numel, const Tensor& like) { return empty({bit_words(numel)}, ScalarType::Long, like); }
 
 // ---- ReLU -------------------------------------------------------------------------------------------------------------------
 
@@ -47,15 +43,12 @@ Tensor relu_(Tensor input) {
 
 Tensor relu_backward(const Tensor& grad_output, const Tensor& mask, bool channels_last) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const int64_t numel = grad_output.numel();
-    check_bits("mask", mask, numel);
-    check_same_device("mask", mask, grad_output);
-    STD_TORCH_CHECK(!channels_last || grad_output.dim() == 4,
-                    "channels_last: expected a grad_output of 4 dimensions, got size ", to_string(sizes(grad_output)));
+    check_relu_backward(grad_output, mask, channels_last);
     const OnDevice device(grad_output);
     const Tensor grad = torch::stable::contiguous(grad_output, memory_format(channels_last));
     Tensor grad_input = empty(sizes(grad_output), grad_output.scalar_type(), grad_output, channels_last);
-    check(cuda::relu_backward<T>(read<T>(grad), read_words(mask), numel, write<T>(grad_input), device.stream()),
+    check(cuda::relu_backward<T>(read<T>(grad), read_words(mask), grad_output.numel(), write<T>(grad_input),
+                                 device.stream()),
           "relu_backward");
     return grad_input;
   });
@@ -63,24 +56,9 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& mask, bool channel
 
 // ---- Batch normalisation ----------------------------------------------------------------------------------------------------
 
-cuda::NormShape norm_shape(const char* name, const Tensor& tensor, bool channels_last) {
-  STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 4, name, ": expected [N, C, H, W] or [N, C], got size ",
-                  to_string(sizes(tensor)));
-  const int64_t pixels = tensor.dim() == 2 ? 1 : tensor.size(2) * tensor.size(3);
+cuda::NormShape shape_of(const CheckedNorm& norm) {
   // With one pixel both layouts are the same, and neighbours in memory are channels.
-  return {tensor.size(0), tensor.size(1), pixels, channels_last || pixels == 1};
-}
-
-// What numbers for each channel are kept and computed in.
-ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
-// One number a channel, in the dtype of `like` or, beside a half one, in float32.
-std::optional<Tensor> weights_of(const char* name, const std::optional<Tensor>& tensor, const Tensor& like,
-                                 int64_t channels) {
-  if (!tensor) return std::nullopt;
-  check_same_device(name, *tensor, like);
-  const ScalarType dtype = like.scalar_type();
-  return per_channel(name, tensor, tensor->scalar_type() == wide(dtype) ? wide(dtype) : dtype, channels);
+  return {norm.batch, norm.channels, norm.pixels, norm.channels_last || norm.pixels == 1};
 }
 
 cuda::NormWeight weight_view(const std::optional<Tensor>& tensor, ScalarType dtype) {
@@ -93,35 +71,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
     const std::string& saved, const std::optional<Tensor>& seed, bool relu) {
   using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   return dispatch("input", input, [&]<typename T>() -> Result {
-    const bool last = is_channels_last(input);
-    const cuda::NormShape shape = norm_shape("input", input, last);
-    STD_TORCH_CHECK(shape.batch * shape.pixels > 1, "input: expected more than 1 value per channel, got size ",
-                    to_string(sizes(input)));
-    const cpu::Saved form = saved_form("saved", saved);
+    const CheckedNorm norm = check_batch_norm(input, saved, seed);
+    const int64_t channels = norm.channels;
+    const bool last = norm.channels_last;
     const ScalarType dtype = input.scalar_type();
-    const int64_t channels = shape.channels;
-    if (seed) {
-      STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 number");
-      check_same_device("seed", *seed, input);
-    }
     const OnDevice device(input);
     const std::optional<Tensor> weights = weights_of("weight", weight, input, channels);
     const std::optional<Tensor> biases = weights_of("bias", bias, input, channels);
     const Tensor source = torch::stable::contiguous(input, memory_format(last));
-    const bool exact = form == cpu::Saved::exact;
+    const bool exact = norm.form == cpu::Saved::exact;
     Tensor output = empty(sizes(input), dtype, input, last);
     Tensor mean = empty({channels}, ScalarType::Double, input);
     Tensor invstd = empty({channels}, ScalarType::Double, input);
     Tensor variance = empty({channels}, ScalarType::Double, input);
-    Tensor codes = empty(exact ? Ints{0} : sizes(input), code_type(form, dtype), input, last && !exact);
-    Tensor scale = empty({form == cpu::Saved::int8 ? channels : 0}, wide(dtype), input);
-    Tensor mask = empty_bits(relu ? shape.numel() : 0, input);
-    cuda::BatchNormParams<T> params{.shape = shape,
+    Tensor codes = empty(exact ? Ints{0} : sizes(input), code_type(norm.form, dtype), input, last && !exact);
+    Tensor scale = empty({norm.form == cpu::Saved::int8 ? channels : 0}, wide(dtype), input);
+    Tensor mask = empty_bits(relu ? norm.numel() : 0, input);
+    cuda::BatchNormParams<T> params{.shape = shape_of(norm),
                                     .input = read<T>(source),
                                     .weight = weight_view(weights, dtype),
                                     .bias = weight_view(biases, dtype),
                                     .eps = eps,
-                                    .saved = form,
+                                    .saved = norm.form,
                                     .seed = seed ? read<int64_t>(*seed) : nullptr,
                                     .output = write<T>(output),
                                     .mean = write<double>(mean),
@@ -145,26 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                                        const std::string& saved_as, const std::optional<Tensor>& bias,
                                                        bool relu) {
   return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    const CheckedNorm norm =
+        check_batch_norm_backward(grad_output, saved, scale, mean, invstd, relu_mask, saved_as, relu);
+    const int64_t channels = norm.channels;
+    const bool last = norm.channels_last;
     const ScalarType dtype = grad_output.scalar_type();
-    const cpu::Saved form = saved_form("saved_as", saved_as);
-    STD_TORCH_CHECK(saved.scalar_type() == code_type(form, dtype), "saved: expected scalar type ",
-                    static_cast<int>(code_type(form, dtype)), " for '", saved_as, "', got ",
-                    static_cast<int>(saved.scalar_type()));
-    check_size("grad_output", sizes(grad_output), sizes(saved));
-    const bool last = is_channels_last(saved);
-    const cuda::NormShape shape = norm_shape("saved", saved, last);
-    const int64_t channels = shape.channels;
-    STD_TORCH_CHECK(form != cpu::Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
-    check_same_device("saved", saved, grad_output);
-    check_same_device("mean", mean, grad_output);
-    check_same_device("invstd", invstd, grad_output);
-    if (scale) check_same_device("scale", *scale, grad_output);
-    if (relu_mask) {
-      check_bits("relu_mask", *relu_mask, shape.numel());
-      check_same_device("relu_mask", *relu_mask, grad_output);
-    }
-    STD_TORCH_CHECK(!relu || relu_mask || form == cpu::Saved::exact, "relu_mask: expected a tensor for '", saved_as,
-                    "' with relu, got None");
     const OnDevice device(grad_output);
     const std::optional<Tensor> biases = weights_of("bias", bias, grad_output, channels);
     const std::optional<Tensor> scales = per_channel("scale", scale, wide(dtype), channels);
@@ -177,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     Tensor grad_input = empty(sizes(saved), dtype, grad_output, last);
     Tensor grad_weight = empty({channels}, weight_type, grad_output);
     Tensor grad_bias = empty({channels}, weight_type, grad_output);
-    cuda::BatchNormGradParams<T> params{.shape = shape,
+    cuda::BatchNormGradParams<T> params{.shape = shape_of(norm),
                                         .grad_output = read<T>(grad),
-                                        .saved = form,
+                                        .saved = norm.form,
                                         .values = read<void>(values),
                                         .scale = scales ? read<cuda::Compute<T>>(*scales) : nullptr,
                                         .mean = read<double>(means),
@@ -207,7 +163,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, const Ints& kernel_si
   return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
     const bool last = is_channels_last(input);
     const auto shape = pool_shape("input", sizes(input), kernel_size, stride, padding, dilation, ceil_mode, last);
-    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
+    const Ints size = pooled_size(shape);
     const OnDevice device(input);
     const Tensor source = torch::stable::contiguous(input, memory_format(last));
     Tensor output = empty(size, input.scalar_type(), input, last);
@@ -224,12 +180,7 @@ Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& positions, c
   return dispatch("grad_output", grad_output, [&]<typename T>() {
     const bool last = is_channels_last(positions);
     const auto shape = pool_shape("input_size", input_size, kernel_size, stride, padding, dilation, ceil_mode, last);
-    const Ints size{shape.batch, shape.channels, shape.out_height, shape.out_width};
-    check_size("grad_output", sizes(grad_output), size);
-    check_size("positions", sizes(positions), size);
-    check_same_device("positions", positions, grad_output);
-    STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions: expected dtype uint8, got scalar type ",
-                    static_cast<int>(positions.scalar_type()));
+    check_max_pool_backward(shape, grad_output, positions);
     const OnDevice device(grad_output);
     const Tensor where = torch::stable::contiguous(positions, memory_format(last));
     const Tensor grad = torch::stable::contiguous(grad_output, memory_format(last));

@@ -9,16 +9,39 @@
 
 #include "../kernels/cpu/layer_params.h"
 #include "checks.h"
+#include "layout.h"
 
 namespace swat {
+
+// ---- Bit masks --------------------------------------------------------------------------------------------------------------
+
+inline int64_t bit_words(int64_t numel) { return (numel + 63) / 64; }
+
+inline uint64_t* write_words(const Tensor& mask) {
+  return reinterpret_cast<uint64_t*>(mask.mutable_data_ptr<int64_t>());
+}
+inline const uint64_t* read_words(const Tensor& mask) {
+  return reinterpret_cast<const uint64_t*>(mask.const_data_ptr<int64_t>());
+}
 
 // That `mask` has a bit for each of `numel` elements.
 inline void check_bits(const char* name, const Tensor& mask, int64_t numel) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Long && mask.dim() == 1 && mask.is_contiguous(), name,
                   ": expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
-  STD_TORCH_CHECK(mask.size(0) == (numel + 63) / 64, name, ": expected ", (numel + 63) / 64, " words for ", numel,
+  STD_TORCH_CHECK(mask.size(0) == bit_words(numel), name, ": expected ", bit_words(numel), " words for ", numel,
                   " elements, got ", mask.size(0));
 }
+
+// ---- ReLU -------------------------------------------------------------------------------------------------------------------
+
+inline void check_relu_backward(const Tensor& grad_output, const Tensor& mask, bool channels_last) {
+  check_bits("mask", mask, grad_output.numel());
+  check_same_device("mask", mask, grad_output);
+  STD_TORCH_CHECK(!channels_last || grad_output.dim() == 4,
+                  "channels_last: expected a grad_output of 4 dimensions, got size ", to_string(sizes(grad_output)));
+}
+
+// ---- Batch normalisation ----------------------------------------------------------------------------------------------------
 
 inline cpu::Saved saved_form(const char* name, const std::string& form) {
   if (form == "exact") return cpu::Saved::exact;
@@ -40,6 +63,71 @@ inline std::optional<Tensor> per_channel(const char* name, const std::optional<T
   check_size(name, sizes(*tensor), {channels});
   return torch::stable::contiguous(*tensor);
 }
+
+// What numbers for each channel are kept and computed in.
+inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// One number a channel, in the dtype of `like` or, beside a half one, in float32.
+inline std::optional<Tensor> weights_of(const char* name, const std::optional<Tensor>& tensor, const Tensor& like,
+                                        int64_t channels) {
+  if (!tensor) return std::nullopt;
+  check_same_device(name, *tensor, like);
+  const ScalarType dtype = like.scalar_type();
+  return per_channel(name, tensor, tensor->scalar_type() == wide(dtype) ? wide(dtype) : dtype, channels);
+}
+
+// A batch normalisation of [batch, channels, pixels], whose arguments have been checked but for those of one number a channel.
+struct CheckedNorm {
+  cpu::Saved form;
+  int64_t batch, channels, pixels;
+  bool channels_last;
+
+  int64_t numel() const { return batch * channels * pixels; }
+};
+
+inline CheckedNorm checked_norm(const char* name, const Tensor& tensor, cpu::Saved form) {
+  STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 4, name, ": expected [N, C, H, W] or [N, C], got size ",
+                  to_string(sizes(tensor)));
+  const int64_t pixels = tensor.dim() == 2 ? 1 : tensor.size(2) * tensor.size(3);
+  return {form, tensor.size(0), tensor.size(1), pixels, is_channels_last(tensor)};
+}
+
+inline CheckedNorm check_batch_norm(const Tensor& input, const std::string& saved, const std::optional<Tensor>& seed) {
+  const CheckedNorm norm = checked_norm("input", input, saved_form("saved", saved));
+  STD_TORCH_CHECK(norm.batch * norm.pixels > 1, "input: expected more than 1 value per channel, got size ",
+                  to_string(sizes(input)));
+  if (seed) {
+    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 number");
+    check_same_device("seed", *seed, input);
+  }
+  return norm;
+}
+
+inline CheckedNorm check_batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
+                                             const std::optional<Tensor>& scale, const Tensor& mean,
+                                             const Tensor& invstd, const std::optional<Tensor>& relu_mask,
+                                             const std::string& saved_as, bool relu) {
+  const cpu::Saved form = saved_form("saved_as", saved_as);
+  const ScalarType type = code_type(form, grad_output.scalar_type());
+  STD_TORCH_CHECK(saved.scalar_type() == type, "saved: expected scalar type ", static_cast<int>(type), " for '",
+                  saved_as, "', got ", static_cast<int>(saved.scalar_type()));
+  check_size("grad_output", sizes(grad_output), sizes(saved));
+  const CheckedNorm norm = checked_norm("saved", saved, form);
+  STD_TORCH_CHECK(form != cpu::Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
+  check_same_device("saved", saved, grad_output);
+  check_same_device("mean", mean, grad_output);
+  check_same_device("invstd", invstd, grad_output);
+  if (scale) check_same_device("scale", *scale, grad_output);
+  if (relu_mask) {
+    check_bits("relu_mask", *relu_mask, norm.numel());
+    check_same_device("relu_mask", *relu_mask, grad_output);
+  }
+  STD_TORCH_CHECK(!relu || relu_mask || form == cpu::Saved::exact, "relu_mask: expected a tensor for '", saved_as,
+                  "' with relu, got None");
+  return norm;
+}
+
+// ---- Max pooling ------------------------------------------------------------------------------------------------------------
 
 // torch's rule: with ceil_mode a window may start in the last stride, but not beyond the input and its leading padding.
 inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
@@ -85,6 +173,20 @@ inline cpu::MaxPoolShape pool_shape(const char* name, const Ints& size, const In
   STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0, name, ": expected at least one whole window, got size ",
                   to_string(size));
   return shape;
+}
+
+inline Ints pooled_size(const cpu::MaxPoolShape& shape) {
+  return {shape.batch, shape.channels, shape.out_height, shape.out_width};
+}
+
+// The gradient's tensors beside the `shape` of its pooling.
+inline void check_max_pool_backward(const cpu::MaxPoolShape& shape, const Tensor& grad_output,
+                                    const Tensor& positions) {
+  check_size("grad_output", sizes(grad_output), pooled_size(shape));
+  check_size("positions", sizes(positions), pooled_size(shape));
+  check_same_device("positions", positions, grad_output);
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions: expected dtype uint8, got scalar type ",
+                  static_cast<int>(positions.scalar_type()));
 }
 
 }  // namespace swat

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.arguments import int_pair
+from swat_ext.layout import is_channels_last, memory_format
 
 __all__ = ["SWATAvgPool2d"]
 
@@ -16,7 +17,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, *geometry: Any) -> Tensor:
         ctx.like = (input.shape, input.dtype, input.device)
-        ctx.channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        ctx.channels_last = is_channels_last(input)
         ctx.geometry = geometry
         return torch.nn.functional.avg_pool2d(input, *geometry)
 
@@ -24,9 +25,8 @@ class _AvgPool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         size, dtype, device = ctx.like
-        memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
         # Memory that nothing touches: the shape and the layout are all that is looked at.
-        input = torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+        input = torch.empty(size, dtype=dtype, device=device, memory_format=memory_format(ctx.channels_last))
         grad = torch.ops.aten.avg_pool2d_backward(grads[0], input, *ctx.geometry)
         return grad, *[None] * len(ctx.geometry)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swat_ext import _C, ops
 from swat_ext.arguments import padding_of_sides, prefers_channels_last
+from swat_ext.layout import memory_format
 from swat_ext.modules.backend import Choice
 from swat_ext.modules.selection import kept
 from swat_ext.modules.shared import has_identity
@@ -160,8 +161,7 @@ def _measure(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict
 
     def random(size: Sequence[int]) -> Tensor:
         tensor = torch.randn(tuple(size), generator=generator, dtype=dtype, device=device)
-        format_ = torch.channels_last if problem.channels_last else torch.contiguous_format
-        return tensor.contiguous(memory_format=format_)
+        return tensor.contiguous(memory_format=memory_format(problem.channels_last))
 
     input, weight = random(problem.input_size), random(problem.weight_size)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
