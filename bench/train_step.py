@@ -45,7 +45,7 @@ _PROFILED = 3
 _CATEGORIES = {
     "input gradient": re.compile(r"^input gradient$|conv2d_input_grad"),
     "weight gradient": re.compile(r"^weight gradient$|conv2d_weight_grad"),
-    "select and compress": re.compile(r"^swat_ext::(select|compress|kth_magnitude|decompress)"),
+    "select and compress": re.compile(r"^swat_ext::(select|compress|kth_magnitude|decompress|take)"),
     "convolution forward": re.compile(r"^(aten|swat_ext)::(masked_)?conv(2d|olution)$"),
     "BatchNorm": re.compile(r"batch_?norm", re.IGNORECASE),
     "ReLU": re.compile(r"relu", re.IGNORECASE),
