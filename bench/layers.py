@@ -274,6 +274,30 @@ def totals(rows: Sequence[dict[str, Any]], sparsities: Sequence[float], period: 
     return result
 
 
+def report(result: dict[str, Any]) -> str:
+    """The conditions, the table and the sum over the 3x3 layers, in Markdown."""
+    rounds = max(timing["rounds"] for row in result["layers"] for timing in row["timings"].values())
+    lines = [
+        "# Convolutions of ResNet-18, one by one",
+        "",
+        ", ".join(f"{name}: {value}" for name, value in result["conditions"].items()),
+        f"float32, batch {result['batch']}, activations {result['inputs']}, sparse layers {result['layout']}, "
+        f"medians of {rounds}",
+        "",
+        table(result["layers"], result["sparsities"], result["topk_period"]),
+    ]
+    if "totals" in result:
+        count = sum(row["count"] for row in result["layers"] if row["kernel"] == 3)
+        lines += ["", f"3x3 layers, forward + backward, {count} in the network:", ""]
+        for total in result["totals"]:
+            others = f", SparseProp {total['sparseprop']:.0f} ms" if "sparseprop" in total else ""
+            lines.append(
+                f"- {total['sparsity']:.0%}: {total['step']:.0f} ms, dense {total['dense step']:.0f} ms: "
+                f"{total['ratio']:.2f} times as fast{others}"
+            )
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Forward and backward of each layer: dense, then each sparsity, with the time at the limit marked."""
     import matplotlib
@@ -321,7 +345,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--topk-period", type=int, default=10, help="steps that share one selection")
     parser.add_argument("--rounds", type=int, help="default: 15, or 5 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--out", type=common.json_file, help="JSON file; a .png of the same name is drawn beside it")
+    parser.add_argument("--out", type=common.json_file, help="JSON file; .md and .png go beside it")
     return parser.parse_args(arguments)
 
 
@@ -354,26 +378,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             )
             for layer in layers
         ]
-    print(", ".join(f"{name}: {value}" for name, value in result["conditions"].items()))
-    print(
-        f"float32, batch {options.batch}, activations {options.inputs}, "
-        f"sparse layers {options.layout}, medians of {rounds}\n"
-    )
-    print(table(result["layers"], options.sparsity, options.topk_period))
     if any(layer.kernel == 3 for layer in layers):
         result["totals"] = totals(result["layers"], options.sparsity, options.topk_period)
-        count = sum(layer.count for layer in layers if layer.kernel == 3)
-        print(f"\n3x3 layers, forward + backward, {count} in the network:")
-        for total in result["totals"]:
-            others = f", SparseProp {total['sparseprop']:.0f} ms" if "sparseprop" in total else ""
-            print(
-                f"  {total['sparsity']:.0%}: {total['step']:.0f} ms, dense {total['dense step']:.0f} ms: "
-                f"{total['ratio']:.2f} times as fast{others}"
-            )
+    text = report(result)
+    print(text)
     if options.out is not None:
         common.write_json(options.out, result)
+        options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         plot(result, options.out.with_suffix(".png"))
-        print(f"\nwritten: {options.out}, {options.out.with_suffix('.png')}")
+        print(f"written: {', '.join(str(options.out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
     return result
 
 

@@ -32,6 +32,7 @@ def test_layers(tmp_path: Path) -> None:
     assert [layer["channels"] for layer in result["layers"]] == [64, 128, 256, 512]
     assert all(timing["median_ms"] > 0 for layer in result["layers"] for timing in layer["timings"].values())
     assert len(result["totals"]) == 1
+    assert out.with_suffix(".md").read_text(encoding="utf-8").strip() in done.stdout
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
