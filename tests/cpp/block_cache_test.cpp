@@ -85,6 +85,26 @@ TEST(BlockCache, TrimGivesPagesBack) {
   cache.free(kept);
 }
 
+TEST(BlockCache, GivesTheLargestBlocksBack) {
+  BlockCache cache;
+  void* const block = cache.allocate(BlockCache::kMostBytes);
+  static_cast<char*>(block)[BlockCache::kMostBytes - 1] = 1;
+  expect_usage(cache, BlockCache::kMostBytes, 0);
+  cache.free(block);
+  expect_usage(cache, 0, 0);
+  void* const smaller = cache.allocate(BlockCache::kMostBytes / 2);
+  cache.free(smaller);
+  expect_usage(cache, 0, BlockCache::kMostBytes / 2);
+}
+
+TEST(BlockCache, KeepsLargeBlocksThatAreASmallPartOfThePeak) {
+  BlockCache cache;
+  std::vector<void*> blocks;
+  for (size_t i = 0; i <= BlockCache::kMostShare; ++i) blocks.push_back(cache.allocate(BlockCache::kMostBytes));
+  for (void* block : blocks) cache.free(block);
+  expect_usage(cache, 0, blocks.size() * BlockCache::kMostBytes);
+}
+
 TEST(BlockCache, SaysWhenThereIsNoMemory) {
   BlockCache cache;
   EXPECT_EQ(cache.allocate(size_t{1} << 60), nullptr);

@@ -110,7 +110,7 @@ size_t BlockCache::trim_locked(size_t keep) noexcept {
 void* BlockCache::allocate(size_t bytes) {
   const size_t size = round_up(bytes);
   const std::lock_guard<std::mutex> guard(mutex_);
-  char* block = take(size);
+  char* block = keeps(size) ? take(size) : nullptr;
   if (block == nullptr) {
     // What does not fit makes room for what does: used and cached together stay within the peak.
     trim_locked(std::max(peak_, used_ + size) - used_ - size);
@@ -130,10 +130,15 @@ void* BlockCache::allocate(size_t bytes) {
 void BlockCache::free(void* block) noexcept {
   const std::lock_guard<std::mutex> guard(mutex_);
   const auto found = blocks_.find(block);
-  used_ -= found->second;
-  cached_ += found->second;
-  insert(static_cast<char*>(block), found->second);
+  const size_t size = found->second;
   blocks_.erase(found);
+  used_ -= size;
+  if (keeps(size)) {
+    cached_ += size;
+    insert(static_cast<char*>(block), size);
+  } else {
+    munmap(block, size);
+  }
 }
 
 size_t BlockCache::trim(size_t keep) noexcept {

@@ -16,8 +16,10 @@ namespace swat::cpu {
 
 class BlockCache {
  public:
-  // Smaller blocks are not worth a mapping of their own.
-  static constexpr size_t kLeastBytes = size_t{1} << 20;
+  // Smaller blocks are not worth a mapping of their own. Larger ones go back to the system when they are freed: a few of them make the
+  // peak of a process, and whoever else needs memory at another moment of the step could not have it.
+  static constexpr size_t kLeastBytes = size_t{1} << 20, kMostBytes = size_t{32} << 20;
+  static constexpr size_t kMostShare = 32;  // larger than kMostBytes, and more than one such part of the peak
 
   struct Usage {
     size_t used, cached, peak;  // bytes in blocks, bytes freed and kept, most bytes ever in blocks
@@ -44,6 +46,7 @@ class BlockCache {
   void unlock() { mutex_.unlock(); }
 
  private:
+  bool keeps(size_t bytes) const { return bytes < kMostBytes || bytes < peak_ / kMostShare; }
   char* take(size_t bytes);
   void insert(char* begin, size_t bytes);
   void erase(std::map<char*, size_t>::iterator range);
