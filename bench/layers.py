@@ -162,7 +162,7 @@ def swat_calls(layer: Layer, tensors: Tensors, sparsity: float) -> dict[str, Cal
             grad_output, *packed_weight[:2], weight.shape, input.shape, *geometry, channels_last
         ),
         f"{prefix} weight grad": lambda: ops.conv2d_weight_grad(
-            grad_output, *packed_input[:2], input.shape, weight.shape, *geometry
+            grad_output, *packed_input[:2], input.shape, weight.shape, *geometry, channels_last
         ),
         f"{prefix} compress": compress,
         f"{prefix} select": selection,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
-from swat_ext.layout import empty, memory_format
+from swat_ext.layout import empty, is_channels_last, memory_format
 
 __all__ = [
     "REFRESH_SLACK",
@@ -141,10 +141,11 @@ def _fake_weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
     *,
     allow_tf32: bool = False,
 ) -> Tensor:
-    return empty(grad_output, weight_size, False)
+    return empty(grad_output, weight_size, channels_last)
 
 
 # --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call --------------------
@@ -225,16 +226,17 @@ def masked_conv2d_weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     """``conv2d_weight_grad`` by PyTorch's own kernels; arguments and result as ``swat_ext::conv2d_weight_grad``."""
-    channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
-    input = torch.ops.swat_ext.decompress(input_values, input_mask, input_size, channels_last)
+    like_grad = grad_output.is_contiguous(memory_format=torch.channels_last)
+    input = torch.ops.swat_ext.decompress(input_values, input_mask, input_size, like_grad)
     padded, symmetric = _padded(input, padding)
     shape = grad_output.new_empty(()).expand(*weight_size)
     grad = torch.ops.aten.convolution_backward(
         grad_output, padded, shape, None, stride, symmetric, dilation, False, [0, 0], groups, [False, True, False]
     )[1]
-    return grad.contiguous()
+    return grad.contiguous(memory_format=memory_format(channels_last))
 
 
 masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
@@ -270,6 +272,7 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
         ctx.sizes = (input.shape, weight.shape)
         ctx.geometry = geometry
         ctx.channels_last = channels_last
+        ctx.weight_channels_last = is_channels_last(weight)
 
     def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
         weight, weight_mask, input_values, input_mask = ctx.saved_tensors
@@ -285,7 +288,16 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
                 raise RuntimeError(
                     f"swat_ext::{name}: the gradient of weight needs input_values and input_mask, which were None"
                 )
-            grad_weight = weight_grad(grad_output, input_values, input_mask, input_size, weight_size, *ctx.geometry)
+            # As the parameter lies: autograd copies a gradient that lies otherwise.
+            grad_weight = weight_grad(
+                grad_output,
+                input_values,
+                input_mask,
+                input_size,
+                weight_size,
+                *ctx.geometry,
+                ctx.weight_channels_last,
+            )
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3))
         return grad_input, grad_weight, grad_bias, *[None] * 10

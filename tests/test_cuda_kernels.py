@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swat_ext import ops as swat_ops
 from swat_ext import reference
+from swat_ext.layout import memory_format
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Norm of the difference / norm of the float64 result. Half types: the rounding of the result, as sums are in float32.
@@ -176,12 +177,14 @@ def _check(kernels: Kernels, geometry: Geometry, rng: random.Random, dtype: torc
         kernels.ops.compress(weight, thresholds[0]),
         kernels.ops.compress(input, thresholds[1]),
     )
-    arguments, channels_last = geometry.arguments, rng.random() < 0.5
+    arguments, channels_last, weight_channels_last = geometry.arguments, rng.random() < 0.5, rng.random() < 0.5
     shapes = (input.shape, weight.shape)
     got = {
         "output": kernels.ops.conv2d(input, weight, bias, *packed_weight, *packed_input, *arguments, channels_last),
         "input gradient": kernels.ops.conv2d_input_grad(grad, *packed_weight, *shapes[::-1], *arguments, channels_last),
-        "weight gradient": kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments),
+        "weight gradient": kernels.ops.conv2d_weight_grad(
+            grad, *packed_input, *shapes, *arguments, weight_channels_last
+        ),
     }
     top, bottom, left, right = geometry.padding
     x, w = (tensor.detach().cpu().double().contiguous().requires_grad_() for tensor in (input, weight))
@@ -203,6 +206,8 @@ def _check(kernels: Kernels, geometry: Geometry, rng: random.Random, dtype: torc
     for name, result in got.items():
         error = _relative(result, expected[name])
         assert error <= _TOLERANCE[dtype], f"{name} of {geometry}, {dtype}: {error:.3g}"
+    strides = memory_format(weight_channels_last)
+    assert got["weight gradient"].is_contiguous(memory_format=strides), f"weight gradient of {geometry}"
     again = kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments)
     assert_identical(again.float(), got["weight gradient"].float(), f"a second weight gradient of {geometry}")
     if dtype == torch.float32:

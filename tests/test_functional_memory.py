@@ -78,6 +78,22 @@ def test_a_weight_changed_before_the_backward_pass_is_refused(generator: torch.G
 
 
 @pytest.mark.parametrize("backend", ["sparse", "dense"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_the_weight_is_not_copied(backend: str, memory_format: torch.memory_format, isa: str) -> None:
+    """It lies as the parameter does, so that autograd may keep it as it is."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(6, 4, 3, 3, generator=generator).to(memory_format=memory_format).requires_grad_()
+    input = torch.randn(2, 4, 6, 6, generator=generator)
+    packed = functional.compress(weight, 0.5), functional.compress(input, 0.5)
+    arrived = []
+    weight.register_hook(lambda grad: arrived.append(grad.data_ptr()))
+    functional.conv2d_packed(input, weight, None, *packed, backend=backend).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.stride() == weight.stride()
+    assert [weight.grad.data_ptr()] == arrived
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
 def test_the_dense_input_is_freed(backend: str, isa: str, generator: torch.Generator) -> None:
     weight = torch.randn(6, 4, 3, 3, generator=generator, requires_grad=True)
     input = torch.randn(2, 4, 6, 6, generator=generator).requires_grad_().mul(2)

@@ -12,6 +12,7 @@ from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_ten
 from torch import Tensor
 
 from swat_ext import functional, reference
+from swat_ext.layout import memory_format
 
 _BATCHES_OF_TESTS = 26
 _GEOMETRIES_EACH = 40  # 1,040 in all
@@ -54,6 +55,7 @@ def _operators(
     thresholds: tuple[float, float],
     *,
     channels_last: bool,
+    weight_channels_last: bool = False,
     prefix: str = "",
 ) -> dict[str, Tensor]:
     """The same by the operators themselves, without autograd."""
@@ -67,13 +69,13 @@ def _operators(
             grad_output, *packed_weight[:2], weight.shape, input.shape, *geometry.arguments, channels_last
         ),
         "weight gradient": getattr(ops, f"{prefix}conv2d_weight_grad")(
-            grad_output, *packed_input[:2], input.shape, weight.shape, *geometry.arguments
+            grad_output, *packed_input[:2], input.shape, weight.shape, *geometry.arguments, weight_channels_last
         ),
     }
-    expected = torch.channels_last if channels_last else torch.contiguous_format
-    for name in ("output", "input gradient"):
+    formats = dict.fromkeys(("output", "input gradient"), memory_format(channels_last))
+    formats["weight gradient"] = memory_format(weight_channels_last)
+    for name, expected in formats.items():
         assert results[name].is_contiguous(memory_format=expected), f"{name}: strides {results[name].stride()}"
-    assert results["weight gradient"].is_contiguous()
     return results
 
 
@@ -132,10 +134,11 @@ def _check(geometry: Geometry, rng: random.Random, dtype: torch.dtype) -> None:
     copies = [tensor.clone() for tensor in (input, weight, grad_output)]
 
     expected = _reference(geometry, *tensors)
-    got = _operators(geometry, *tensors, channels_last=rng.random() < 0.5)
+    formats = {name: rng.random() < 0.5 for name in ("channels_last", "weight_channels_last")}
+    got = _operators(geometry, *tensors, **formats)
     padding = _functional_padding(geometry, rng)
     through_autograd = {} if padding is None else _by_autograd(geometry, *tensors, padding)
-    described = f"{geometry}, {dtype}, layouts {layouts}, thresholds {thresholds}, bias {bias is not None}"
+    described = f"{geometry}, {dtype}, layouts {layouts}, {formats}, thresholds {thresholds}, bias {bias is not None}"
     for name, result in got.items():
         assert_close(result, expected[name], f"{name} of {described}")
     for name, result in through_autograd.items():
@@ -216,10 +219,10 @@ def test_masked_conv2d_equals_conv2d(seed: int, isa: str) -> None:
         bias = random_tensor(sizes[1][:1], torch.float32, rng, positive=positive)
         thresholds = (random_threshold(weight, rng), random_threshold(input, rng))
         arguments = (geometry, input, weight, bias, grad_output, thresholds)
-        channels_last = rng.random() < 0.5
+        formats = {name: rng.random() < 0.5 for name in ("channels_last", "weight_channels_last")}
         expected = _reference(*arguments)
         for prefix in ("", "masked_"):
-            for name, result in _operators(*arguments, channels_last=channels_last, prefix=prefix).items():
+            for name, result in _operators(*arguments, **formats, prefix=prefix).items():
                 assert_close(result, expected[name], f"{name} of {prefix}conv2d, {geometry}")
 
 
@@ -242,7 +245,8 @@ def test_threads_do_not_matter(name: str, isa: str, restore_threads: None) -> No
         first = None
         for threads in (1, 2, 3, 4, 1):
             torch.set_num_threads(threads)
-            results = _operators(geometry, *tensors, (0.9, 1.2), channels_last=channels_last)
+            formats = {"channels_last": channels_last, "weight_channels_last": channels_last}
+            results = _operators(geometry, *tensors, (0.9, 1.2), **formats)
             first = first or results
             for what, result in results.items():
                 assert_identical(result, first[what], f"{what} with {threads} threads, channels_last {channels_last}")

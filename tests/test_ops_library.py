@@ -57,7 +57,7 @@ def _weight_grads() -> list[tuple[Any, ...]]:
     for input, weight, _, _, _, input_values, input_mask, *geometry in (sample[:12] for sample in _convolutions()):
         if input_values is not None:
             output = _randn(*_output_size(input, weight, geometry))
-            samples.append((output, input_values, input_mask, input.shape, weight.shape, *geometry[:-1]))
+            samples.append((output, input_values, input_mask, input.shape, weight.shape, *geometry))
     return samples
 
 

@@ -211,14 +211,14 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values,
 
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
                           const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, int64_t groups, bool /*allow_tf32*/) {
+                          const Ints& dilation, int64_t groups, bool channels_last, bool /*allow_tf32*/) {
   return dispatch("grad_output", grad_output, [&]<typename T>() {
     const ConvGeometry g = check_conv2d_grad(grad_output, "input", input_values, input_mask, input_size, input_size,
                                              weight_size, stride, padding, dilation, groups, check_packed);
-    Tensor grad_weight = empty(weight_size, grad_output.scalar_type());
+    Tensor grad_weight = empty(weight_size, grad_output.scalar_type(), channels_last);
     cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
                                     packed<T>(input_values, input_mask, product(input_size)),
-                                    grad_weight.mutable_data_ptr<T>());
+                                    grad_weight.mutable_data_ptr<T>(), channels_last);
     return grad_weight;
   });
 }

@@ -21,8 +21,8 @@ SWAT_LIBRARY(m) {
       "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[4] input_size, "
-      "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, *, "
-      "bool allow_tf32=False) -> Tensor");
+      "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "
+      "channels_last=False, *, bool allow_tf32=False) -> Tensor");
   m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_(Tensor(a!) input) -> Tensor mask");
   m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");

@@ -30,7 +30,8 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = self.relu1(self.bn1(x))
         out = self.conv2(self.relu2(self.bn2(self.conv1(active))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        out += x if self.shortcut is None else self.shortcut(active)
+        return out
 
 
 class WideResNet(nn.Module):

@@ -74,11 +74,13 @@ void check_convolution(const KernelTable& table, const ConvGeometry& g, std::mt1
   for (T& v : bias) v = static_cast<T>(normal(random));
   const PackedTensor<T> packed_weight(weight), packed_input(kept_input);
   std::vector<T> dw(weight.size(), 77);
+  const bool dw_channels_last = random() % 2;
 
   const Parallel pool = threads(random() % 3 + 1);
   convolution<T>(table, pool, g, x.read(), packed_weight.view(), bias.data(), y.view);
   convolution_input_grad<T>(table, pool, g, dy.read(), packed_weight.view(), dx.view);
-  convolution_weight_grad<T>(table, pool, g, dy.read(), packed_input.view(), dw.data());
+  convolution_weight_grad<T>(table, pool, g, dy.read(), packed_input.view(), dw.data(),
+                             dw_channels_last);
 
   std::vector<double> want_dx(kept_input.size()), want_dw(weight.size());
   const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;
@@ -116,7 +118,9 @@ void check_convolution(const KernelTable& table, const ConvGeometry& g, std::mt1
     ASSERT_NEAR(got, want_dx[i], tolerance * (1 + std::abs(want_dx[i]))) << "dx " << i;
   }
   for (size_t i = 0; i < want_dw.size(); ++i) {
-    ASSERT_NEAR(dw[i], want_dw[i], tolerance * 4 * (1 + std::abs(want_dw[i]))) << "dw " << i;
+    const size_t taps = g.taps(), slice = g.group_in() * taps, channel = i % slice / taps;
+    const size_t at = dw_channels_last ? i / slice * slice + i % taps * g.group_in() + channel : i;
+    ASSERT_NEAR(dw[at], want_dw[i], tolerance * 4 * (1 + std::abs(want_dw[i]))) << "dw " << i;
   }
   // Nothing beside the tensors was written.
   auto untouched = [](const std::vector<T>& data) { return std::count(data.begin(), data.end(), T{77}); };

@@ -211,3 +211,17 @@ void take_planes(const PackedView<T>& packed, const PlanesView<const T>& view, i
                  [&](int64_t i) { *value++ = from[i * view.pixel_stride]; });
   }
 }
+
+// The same for samples [begin, end), each all channels of one index of the first dimension: for planes of a few pixels, whose bits
+// are fewer than a word. `offsets` says where the elements of a sample lie.
+template <typename T>
+void take_samples(const PackedView<T>& packed, const PlanesView<const T>& view, const int32_t* offsets, int64_t begin,
+                  int64_t end, T* values) {
+  const int64_t elements = view.channels * view.pixels;
+  T* value = values + rank(packed, begin * elements);
+  for (int64_t sample = begin; sample < end; ++sample) {
+    const T* from = view.data + sample * view.outer_stride;
+    for_each_bit(packed.words, sample * elements, (sample + 1) * elements,
+                 [&](int64_t i) { *value++ = from[offsets[i]]; });
+  }
+}

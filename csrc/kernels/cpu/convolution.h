@@ -19,9 +19,11 @@ void convolution_input_grad(const KernelTable& table, const Parallel& parallel, 
                             const ImageView<const T>& grad_output, const PackedView<T>& weight,
                             const ImageView<T>& grad_input);
 
-// grad_weight[O, C / groups, kh, kw], contiguous: the gradient of every weight, from the kept activations of the packed input.
+// grad_weight[O, C / groups, kh, kw], contiguous or channels_last: the gradient of every weight, from the kept activations of the
+// packed input.
 template <typename T>
 void convolution_weight_grad(const KernelTable& table, const Parallel& parallel, const ConvGeometry& geometry,
-                             const ImageView<const T>& grad_output, const PackedView<T>& input, T* grad_weight);
+                             const ImageView<const T>& grad_output, const PackedView<T>& input, T* grad_weight,
+                             bool channels_last);
 
 }  // namespace swat::cpu

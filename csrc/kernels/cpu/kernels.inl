@@ -28,6 +28,7 @@ constexpr Kernels<T> kernels_of() {
       .count_blocks = count_blocks,
       .decompress_planes = decompress_planes<T>,
       .take_planes = take_planes<T>,
+      .take_samples = take_samples<T>,
       .count_forward_lists = count_forward_lists<T>,
       .fill_forward_lists = fill_forward_lists<T>,
       .count_backward_lists = count_backward_lists<T>,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -14,6 +15,8 @@ namespace {
 constexpr int64_t kGrainElements = 1 << 15;  // below this a thread costs more than it saves
 constexpr int64_t kGrainBlocks = 1 << 10;    // of the rank directory
 constexpr int64_t kTaskElements = 1 << 18;   // compressed in one go: a few of them a thread, so that none waits long
+constexpr int64_t kShortPlane = 64;          // pixels whose bits are less than a word
+constexpr int64_t kMostOffsets = 1 << 16;    // a table of that many is read from the caches
 
 }  // namespace
 
@@ -108,8 +111,21 @@ template <typename T>
 void take(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
           const PlanesView<const T>& view, T* values) {
   if (view.numel == 0) return;
+  const Kernels<T>& kernels = table.of<T>();
+  const int64_t elements = view.channels * view.pixels;
+  const int64_t farthest = (view.channels - 1) * view.channel_stride + (view.pixels - 1) * view.pixel_stride;
+  if (view.pixel_stride != 1 && view.pixels < kShortPlane && elements <= kMostOffsets && farthest <= INT32_MAX) {
+    std::vector<int32_t> offsets(elements);
+    for (int64_t i = 0; i < elements; ++i) {
+      offsets[i] = static_cast<int32_t>(i / view.pixels * view.channel_stride + i % view.pixels * view.pixel_stride);
+    }
+    parallel(view.numel / elements, std::max<int64_t>(1, kGrainElements / elements), [&](int64_t begin, int64_t end) {
+      kernels.take_samples(packed, view, offsets.data(), begin, end, values);
+    });
+    return;
+  }
   parallel(ceil_div(view.numel, view.pixels), std::max<int64_t>(1, kGrainElements / view.pixels),
-           [&](int64_t begin, int64_t end) { table.of<T>().take_planes(packed, view, begin, end, values); });
+           [&](int64_t begin, int64_t end) { kernels.take_planes(packed, view, begin, end, values); });
 }
 
 #define SWAT_INSTANTIATE(T)                                                                                       \

@@ -170,7 +170,8 @@ struct WeightGradParams {
   int64_t blocks_together;  // blocks of `vectors` output channels whose dy is packed together
   int64_t slices;           // parts of the tiles that are summed apart, so that threads can share a small dW
   T* partial;      // [slices, groups, output blocks, group_in, taps, vectors * lanes]; null: one batch holds all tiles
-  T* grad_weight;  // [out_channels, group_in, taps]
+  T* grad_weight;  // [out_channels, group_in, taps], or [out_channels, taps, group_in]:
+  bool channels_last;
 
   int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
 };

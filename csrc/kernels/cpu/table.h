@@ -29,7 +29,7 @@ struct Kernels {
   // magnitude.inl: elements
   void (*magnitude_histogram)(const T* data, int64_t begin, int64_t end, uint64_t prefix, int shift, int64_t* counts);
 
-  // compress.inl: planes, blocks of the rank directory, planes
+  // compress.inl: planes; blocks of the rank directory; planes; planes; samples
   int64_t (*compress_scratch)(const PlanesView<const T>& view);
   int64_t (*compress_planes)(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words,
                              T* scratch, T* out);
@@ -37,6 +37,8 @@ struct Kernels {
   void (*decompress_planes)(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end);
   void (*take_planes)(const PackedView<T>& packed, const PlanesView<const T>& view, int64_t begin, int64_t end,
                       T* values);
+  void (*take_samples)(const PackedView<T>& packed, const PlanesView<const T>& view, const int32_t* offsets,
+                       int64_t begin, int64_t end, T* values);
 
   // weight_list.inl: output channels; channel blocks
   void (*count_forward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);

@@ -136,15 +136,40 @@ void pack_grad(const WeightGradParams<T>& p, const TileBounds& b, int64_t channe
   }
 }
 
-// Write the finished sums [taps][width] of one input channel and one block of output channels to grad_weight.
+// Write the finished sums [channel][tap][width] of `count` input channels, from `within` their group, and one block of output
+// channels to grad_weight.
 template <typename T>
-inline void write_grad(const WeightGradParams<T>& p, const T* sums, int64_t group, int64_t block, int64_t within) {
+inline void write_grad(const WeightGradParams<T>& p, const T* sums, int64_t group, int64_t block, int64_t within,
+                       int64_t count) {
+  constexpr int kN = kLanes<T>;
   const ConvGeometry& g = p.geometry;
-  const int64_t width = p.vectors * kLanes<T>, taps = g.taps();
-  const int64_t channels = std::min(width, g.group_out() - block * width);
-  for (int64_t o = 0; o < channels; ++o) {
-    T* const out = p.grad_weight + ((group * g.group_out() + block * width + o) * g.group_in() + within) * taps;
-    for (int64_t t = 0; t < taps; ++t) out[t] = sums[t * width + o];
+  const int64_t width = p.vectors * kN, taps = g.taps(), slice = g.group_in() * taps;
+  const int64_t outputs = std::min(width, g.group_out() - block * width);
+  T* const out = p.grad_weight + (group * g.group_out() + block * width) * slice;
+  if (!p.channels_last) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      T* to = out + o * slice + within * taps;
+      for (int64_t i = 0; i < count * taps; ++i) to[i] = sums[i * width + o];
+    }
+    return;
+  }
+  const int64_t whole_channels = count / kN * kN, whole_outputs = outputs / kN * kN;
+  for (int64_t t = 0; t < taps; ++t) {
+    const T* const from = sums + t * width;
+    T* const to = out + t * g.group_in() + within;
+    auto write = [&](int64_t channel_begin, int64_t channel_end, int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        for (int64_t c = channel_begin; c < channel_end; ++c) to[o * slice + c] = from[c * taps * width + o];
+      }
+    };
+    for (int64_t o = 0; o < whole_outputs; o += kN) {
+      for (int64_t c = 0; c < whole_channels; c += kN) {
+        transpose<T>([&](int i) { return from + (c + i) * taps * width + o; },
+                     [&](int i) { return to + (o + i) * slice + c; });
+      }
+    }
+    write(whole_channels, count, 0, whole_outputs);
+    write(0, count, whole_outputs, outputs);
   }
 }
 
@@ -218,9 +243,7 @@ void weight_grad_slice(const WeightGradParams<T>& p, int64_t slice, int64_t chan
             T* const sums = scratch.sums.data();
             std::fill_n(sums, (stop - some) * channel_sums, T{0});
             accumulate(grad, some, stop, sums);
-            for (int64_t channel = some; channel < stop; ++channel) {
-              write_grad(p, sums + (channel - some) * channel_sums, group, block, channel - group_channel);
-            }
+            write_grad(p, sums, group, block, some - group_channel, stop - some);
           }
         }
       }
@@ -235,16 +258,17 @@ void weight_grad_reduce(const WeightGradParams<T>& p, int64_t begin, int64_t end
   const int64_t width = p.vectors * kLanes<T>, channel_sums = g.taps() * width;
   const int64_t output_blocks = (g.group_out() + width - 1) / width;
   const int64_t slice_elements = g.groups * output_blocks * g.group_in() * channel_sums;
-  for (int64_t channel = begin; channel < end; ++channel) {
+  for (int64_t channel = begin, stop = begin; channel < end; channel = stop) {
     const int64_t group = channel / g.group_in(), within = channel % g.group_in();
+    stop = std::min({end, channel + kGradChannels, (group + 1) * g.group_in()});
     for (int64_t block = 0; block < output_blocks; ++block) {
       T* const sums = p.partial + ((group * output_blocks + block) * g.group_in() + within) * channel_sums;
       for (int64_t s = 1; s < p.slices; ++s) {
-        for (int64_t i = 0; i < channel_sums; i += kLanes<T>) {
+        for (int64_t i = 0; i < (stop - channel) * channel_sums; i += kLanes<T>) {
           store(sums + i, load(sums + i) + load(sums + s * slice_elements + i));
         }
       }
-      write_grad(p, sums, group, block, within);
+      write_grad(p, sums, group, block, within, stop - channel);
     }
   }
 }

@@ -23,7 +23,8 @@ void join_pixels(ConvGeometry& g, ImageView<const T>& grad) {
 
 template <typename T>
 void convolution_weight_grad(const KernelTable& table, const Parallel& parallel, const ConvGeometry& geometry,
-                             const ImageView<const T>& output, const PackedView<T>& input, T* grad_weight) {
+                             const ImageView<const T>& output, const PackedView<T>& input, T* grad_weight,
+                             bool channels_last) {
   ConvGeometry g = geometry;
   ImageView<const T> grad_output = output;
   join_pixels(g, grad_output);
@@ -74,6 +75,7 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   params.slices = plan.slices;
   params.partial = plan.direct ? nullptr : partial.data();
   params.grad_weight = grad_weight;
+  params.channels_last = channels_last;
 
   // Where slices are fewer than threads, threads share a slice by input channels: every sum still has one owner and one order.
   const int64_t parts = std::min(g.in_channels, (parallel.threads + plan.slices - 1) / plan.slices);
@@ -92,8 +94,8 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
 }
 
 template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
-                                      const ImageView<const float>&, const PackedView<float>&, float*);
+                                      const ImageView<const float>&, const PackedView<float>&, float*, bool);
 template void convolution_weight_grad(const KernelTable&, const Parallel&, const ConvGeometry&,
-                                      const ImageView<const double>&, const PackedView<double>&, double*);
+                                      const ImageView<const double>&, const PackedView<double>&, double*, bool);
 
 }  // namespace swat::cpu

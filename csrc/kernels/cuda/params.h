@@ -74,8 +74,9 @@ struct WeightGradParams {
   ConvGeometry geometry;
   ImageView<const T> grad_output;
   PackedView<T> input;  // [N, C, H, W]
-  T* grad_weight;       // [out_channels, group_in, taps]
-  bool allow_tf32;      // float may be rounded to tf32 and multiplied on tensor cores
+  T* grad_weight;       // [out_channels, group_in, taps], or [out_channels, taps, group_in]:
+  bool channels_last;
+  bool allow_tf32;  // float may be rounded to tf32 and multiplied on tensor cores
   void* scratch;
 };
 

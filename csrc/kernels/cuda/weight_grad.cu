@@ -172,17 +172,18 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    add_slices(const Compute<T>* partial, int64_t slices, int64_t count, T* result) {
+    add_slices(const Compute<T>* partial, int64_t slices, int64_t count, GradLayout layout, T* result) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= count) return;
   Compute<T> sum = 0;
   for (int64_t slice = 0; slice < slices; ++slice) sum += partial[slice * count + at];
-  result[at] = store<T>(sum);
+  const int columns = layout.group_in * layout.taps;
+  result[layout.place(at / columns, static_cast<int>(at % columns))] = store<T>(sum);
 }
 
 // For kernels so wide that the input of not one pixel fits in shared memory: a thread computes one gradient.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) grad_direct(WeightGradParams<T> p, int count) {
+__global__ void __launch_bounds__(kThreads) grad_direct(WeightGradParams<T> p, GradLayout layout, int count) {
   const ConvGeometry& g = p.geometry;
   const int at = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (at >= count) return;
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) grad_direct(WeightGradParams<T> p, i
       }
     }
   }
-  p.grad_weight[at] = store<T>(sum);
+  p.grad_weight[layout.place(row, at % (group_in * taps))] = store<T>(sum);
 }
 
 // A 1x1 convolution without stride or padding sees no neighbours: one long row makes longer runs. The packed input always joins.
@@ -256,8 +257,9 @@ cudaError_t convolution_weight_grad(const WeightGradParams<T>& p, cudaStream_t s
   if (grad.numel() == 0) return cudaMemsetAsync(p.grad_weight, 0, count * sizeof(T), stream);
   join_rows(g, grad);
   const WeightGradPlan plan = plan_for(p, g);
+  const GradLayout layout = grad_layout(g, p.channels_last);
   if (plan.direct) {
-    SWAT_LAUNCH(grad_direct<T>, ceil_div(count, kThreads), kThreads, 0, stream, p, static_cast<int>(count));
+    SWAT_LAUNCH(grad_direct<T>, ceil_div(count, kThreads), kThreads, 0, stream, p, layout, static_cast<int>(count));
     return cudaGetLastError();
   }
   const dim3 grid(g.groups * plan.row_blocks * plan.column_blocks, plan.slices);
@@ -266,20 +268,20 @@ cudaError_t convolution_weight_grad(const WeightGradParams<T>& p, cudaStream_t s
   bool launched = false;
   if constexpr (sizeof(T) <= 4) {
     if (uses_tensor_cores(p)) {
-      const GradParams<T, T> params{g, plan, grad, p.input, p.grad_weight, partial};
+      const GradParams<T, T> params{g, plan, grad, p.input, p.grad_weight, layout, partial};
       SWAT_LAUNCH(grad_tensor<T>, grid, kGradThreads, patch * sizeof(T), stream, params);
       launched = true;
     }
   }
   if constexpr (sizeof(T) >= 4) {
     if (!launched) {
-      const GradParams<T, Compute<T>> params{g, plan, grad, p.input, p.grad_weight, partial};
+      const GradParams<T, Compute<T>> params{g, plan, grad, p.input, p.grad_weight, layout, partial};
       SWAT_LAUNCH(grad_plain<T>, grid, kGradThreads, patch * sizeof(Compute<T>), stream, params);
     }
   }
   SWAT_TRY(cudaGetLastError());
   if (plan.slices > 1) {
-    SWAT_LAUNCH(add_slices<T>, ceil_div(count, kThreads), kThreads, 0, stream, partial, plan.slices, count,
+    SWAT_LAUNCH(add_slices<T>, ceil_div(count, kThreads), kThreads, 0, stream, partial, plan.slices, count, layout,
                 p.grad_weight);
   }
   return cudaGetLastError();

@@ -6,6 +6,20 @@
 
 namespace swat::cuda {
 
+// Where the gradients of one output channel's weights lie; a column is a pair (channel, tap).
+struct GradLayout {
+  int group_in, taps;
+  bool channels_last;
+  __device__ int64_t place(int64_t row, int column) const {
+    const int at = channels_last ? column % taps * group_in + column / taps : column;
+    return row * group_in * taps + at;
+  }
+};
+
+inline GradLayout grad_layout(const ConvGeometry& g, bool channels_last) {
+  return {static_cast<int>(g.group_in()), static_cast<int>(g.taps()), channels_last};
+}
+
 // S is the type in shared memory.
 template <typename T, typename S>
 struct GradParams {
@@ -14,6 +28,7 @@ struct GradParams {
   ImageView<const T> grad_output;
   PackedView<T> input;
   T* grad_weight;       // written where there is one slice
+  GradLayout layout;    // of grad_weight
   Compute<T>* partial;  // [slices, out_channels, group_in * taps] where there are several
 };
 
@@ -126,12 +141,12 @@ template <typename T, typename S>
 __device__ inline void put_sum(const GradParams<T, S>& p, const GradBlock& block, int row, int column, Compute<T> sum) {
   const int64_t columns = p.geometry.group_in() * p.geometry.taps();
   if (block.first_row + row >= p.geometry.group_out() || block.first_column + column >= columns) return;
-  const int64_t at =
-      (block.group * p.geometry.group_out() + block.first_row + row) * columns + block.first_column + column;
+  const int64_t output = block.group * p.geometry.group_out() + block.first_row + row;
+  const int at = block.first_column + column;
   if (p.plan.slices == 1) {
-    p.grad_weight[at] = store<T>(sum);
+    p.grad_weight[p.layout.place(output, at)] = store<T>(sum);
   } else {
-    p.partial[blockIdx.y * p.geometry.out_channels * columns + at] = sum;
+    p.partial[(blockIdx.y * p.geometry.out_channels + output) * columns + at] = sum;
   }
 }
 
