@@ -25,7 +25,7 @@ from swat_ext.arguments import (
     prefers_channels_last,
 )
 from swat_ext.autocast import autocast_call, autocast_input, autocast_of
-from swat_ext.ops import convolution_size
+from swat_ext.ops import CONVOLUTIONS, convolution_size
 
 __all__ = [
     "Packed",
@@ -39,8 +39,6 @@ __all__ = [
     "linear_input_view",
     "linear_packed",
 ]
-
-_CONVOLUTIONS = {"sparse": "conv2d", "dense": "masked_conv2d"}
 
 
 class Packed(NamedTuple):
@@ -206,8 +204,8 @@ def _conv2d_packed(
     retake_weight: bool,
 ) -> Tensor:
     """:func:`conv2d_packed` without autocast; ``retake_weight``: save ``weight`` in place of its kept elements."""
-    if backend not in _CONVOLUTIONS:
-        raise ValueError(f"backend: expected one of {sorted(_CONVOLUTIONS)}, got {backend!r}")
+    if backend not in CONVOLUTIONS:
+        raise ValueError(f"backend: expected one of {sorted(CONVOLUTIONS)}, got {backend!r}")
     check_tensor("input", input)
     check_like("weight", weight, "input", input)
     if weight.dim() != 4:
@@ -267,7 +265,7 @@ def _conv2d_packed(
         # A sum of nothing, which still leads back to both arguments.
         nothing = (input.sum() + weight.sum()).expand(output_size)
         return nothing.clone() if bias is None else nothing + bias[:, None, None]
-    return getattr(torch.ops.swat_ext, _CONVOLUTIONS[backend])(
+    return CONVOLUTIONS[backend](
         input,
         weight,
         bias,

@@ -5,16 +5,15 @@ the order of memory, lowest bit first. "The memory format of a tensor" is channe
 contiguous, and contiguous otherwise; results lie in that of the input, and gradients too.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.arguments import HAS_CUDA, supported_dtypes
+from swat_ext.calls import gradient, refuse_second_derivative, with_gradient
 from swat_ext.layout import empty, is_channels_last
-from swat_ext.ops import refuse_second_derivative
 
 __all__ = [
     "batch_norm",
@@ -45,36 +44,6 @@ def _fake_bits(input: Tensor) -> Tensor:
     return input.new_empty([-(-input.numel() // _BITS_PER_WORD)], dtype=torch.int64)
 
 
-def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an operator without the detour over its registered gradient, which costs small layers more than they do."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
-
-
-def _gradient(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a backward operator; by its own gradient, or the refusal of one, only where that may be asked for."""
-    return operator(*arguments) if torch.is_grad_enabled() else _below_autograd(operator, *arguments)
-
-
-def _registered(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the gradient of operator ``name``; returns how a layer calls it: the compiler needs the operator."""
-    operator = getattr(torch.ops.swat_ext, name)
-    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _below_autograd(operator, *inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), members)
-
-    def call(*inputs: Any) -> Any:
-        return operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
-
-    return call
-
-
 # --- ReLU -------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +71,7 @@ def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _relu_grad(ctx, grad_output: Tensor | None, *_: object) -> Tensor | None:  # type: ignore[no-untyped-def]
     if grad_output is None:
         return None
-    return _gradient(torch.ops.swat_ext.relu_backward, grad_output, *ctx.saved_tensors, ctx.channels_last)
+    return gradient(torch.ops.swat_ext.relu_backward, grad_output, *ctx.saved_tensors, ctx.channels_last)
 
 
 def _keep_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -114,7 +83,7 @@ def _relu_grad_grad(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ig
     return torch.ops.swat_ext.relu_backward(grad, *ctx.saved_tensors, ctx.channels_last), None, None
 
 
-relu = _registered("relu", _save_mask, _relu_grad)
+relu = with_gradient("relu", _save_mask, _relu_grad)
 torch.library.register_autograd("swat_ext::relu_backward", _relu_grad_grad, setup_context=_keep_mask)
 
 
@@ -130,7 +99,7 @@ class _InplaceReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return _gradient(torch.ops.swat_ext.relu_backward, grads[0], *ctx.saved_tensors, ctx.channels_last)
+        return gradient(torch.ops.swat_ext.relu_backward, grads[0], *ctx.saved_tensors, ctx.channels_last)
 
 
 def relu_(input: Tensor) -> Tensor:
@@ -221,12 +190,12 @@ def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
         return (None,) * 7
     *saved, bias = ctx.saved_tensors
     backward = torch.ops.swat_ext.batch_norm_backward
-    grads = _gradient(backward, grad_output, *saved, ctx.saved_as, bias, ctx.relu)
+    grads = gradient(backward, grad_output, *saved, ctx.saved_as, bias, ctx.relu)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*wanted, None, None, None, None)
 
 
-batch_norm = _registered("batch_norm", _save_norm, _norm_grad)
+batch_norm = with_gradient("batch_norm", _save_norm, _norm_grad)
 refuse_second_derivative("batch_norm_backward")
 
 
@@ -294,9 +263,9 @@ def _pool_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-
     if grad_output is None:
         return (None,) * 6
     positions = ctx.saved_tensors[0]
-    grad = _gradient(torch.ops.swat_ext.max_pool2d_backward, grad_output, positions, ctx.size, *ctx.geometry)
+    grad = gradient(torch.ops.swat_ext.max_pool2d_backward, grad_output, positions, ctx.size, *ctx.geometry)
     return grad, *[None] * 5
 
 
-max_pool2d = _registered("max_pool2d", _save_positions, _pool_grad)
+max_pool2d = with_gradient("max_pool2d", _save_positions, _pool_grad)
 refuse_second_derivative("max_pool2d_backward")

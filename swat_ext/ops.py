@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext.calls import gradient, refuse_second_derivative, with_gradient
 from swat_ext.layout import empty, is_channels_last, memory_format
 
 __all__ = [
+    "CONVOLUTIONS",
     "REFRESH_SLACK",
     "capacity",
     "convolution_size",
     "mask_words",
-    "refuse_second_derivative",
+    "select",
     "weight_grad",
 ]
 
@@ -256,8 +258,12 @@ def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
     return torch.ops.swat_ext.conv2d_weight_grad(grad_output, *arguments, allow_tf32=allowed)
 
 
-def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]) -> None:
-    """Give convolution ``name`` its gradient (spec: "One layer"); only packed tensors are saved for it.
+def _register_gradient(
+    name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]
+) -> Callable[..., Any]:
+    """Give convolution ``name`` its gradient (spec: "One layer"), and return how layers call it.
+
+    Only packed tensors are saved for the gradient.
 
     With ``retake_weight`` the kept weights are taken from the weight once more: saving a parameter takes no memory.
     """
@@ -280,8 +286,15 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight_values = torch.ops.swat_ext.take(weight, weight_mask, ctx.kept) if ctx.retake else weight
-            grad_input = input_grad(
-                grad_output, weight_values, weight_mask, weight_size, input_size, *ctx.geometry, ctx.channels_last
+            grad_input = gradient(
+                input_grad,
+                grad_output,
+                weight_values,
+                weight_mask,
+                weight_size,
+                input_size,
+                *ctx.geometry,
+                ctx.channels_last,
             )
         if ctx.needs_input_grad[1]:
             if input_values is None:
@@ -289,7 +302,8 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
                     f"swat_ext::{name}: the gradient of weight needs input_values and input_mask, which were None"
                 )
             # As the parameter lies: autograd copies a gradient that lies otherwise.
-            grad_weight = weight_grad(
+            grad_weight = gradient(
+                weight_grad,
                 grad_output,
                 input_values,
                 input_mask,
@@ -302,28 +316,16 @@ def _register_gradient(name: str, input_grad: Callable[..., Tensor], weight_grad
             grad_bias = grad_output.sum((0, 2, 3))
         return grad_input, grad_weight, grad_bias, *[None] * 10
 
-    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
+    return with_gradient(name, setup_context, backward)
 
 
-def refuse_second_derivative(name: str) -> None:
-    """Let the derivative of backward operator ``name`` raise NotImplementedError."""
-
-    def setup_context(ctx, inputs, output, keyword_only_inputs=None) -> None:  # type: ignore[no-untyped-def]
-        pass
-
-    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-        raise NotImplementedError(
-            f"swat_ext::{name} has no derivative: second derivatives through a sparse layer are not supported; "
-            "use swat_ext.to_dense(model) where they are needed"
-        )
-
-    torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
-
-
-_register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, weight_grad)
-_register_gradient(
-    "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
-)
+#: The convolution of each backend, as layers call it: positional arguments of ``swat_ext::conv2d``.
+CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
+    "sparse": _register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, weight_grad),
+    "dense": _register_gradient(
+        "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
+    ),
+}
 for _name in ("conv2d", "masked_conv2d"):
     refuse_second_derivative(f"{_name}_input_grad")
     refuse_second_derivative(f"{_name}_weight_grad")
@@ -336,7 +338,6 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@torch.library.custom_op("swat_ext::select", mutates_args=("threshold", "clock"))
 def select(
     input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
 ) -> tuple[Tensor, Tensor]:
@@ -358,13 +359,14 @@ def select(
         :func:`capacity`, known without waiting for the device; where more pass, the device selects again at once, for
         this call alone, and of ties beyond the capacity the last in logical order are dropped.
     """
-    steps, version, pointer = clock[:3].tolist()
+    fields = clock.tolist()
+    steps, version, pointer = fields[:3]
     now, where = _version(owner), owner.data_ptr()
     if (version, pointer) != (now, where):
         steps += version >= 0
-        clock[:3] = torch.tensor([steps, now, where])
+        clock.copy_(torch.tensor([steps, now, where, *fields[3:]]))
     due = CLOCK_DUE + slot
-    fresh = input.numel() > 0 and clock[due] <= steps
+    fresh = input.numel() > 0 and fields[due] <= steps
     if fresh:
         threshold.copy_(torch.ops.swat_ext.kth_magnitude(input, keep))
         clock[due] = steps + period
@@ -380,7 +382,11 @@ def select(
     return packed
 
 
-@select.register_fake
+# For what traces: layers call the function itself otherwise, at a third of the cost.
+_select_op = torch.library.custom_op("swat_ext::select", select, mutates_args=("threshold", "clock"))
+
+
+@_select_op.register_fake
 def _(
     input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
 ) -> tuple[Tensor, Tensor]:

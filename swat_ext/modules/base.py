@@ -247,7 +247,8 @@ class SWATLayer(nn.Module):
     def _share_activation(self, input: Tensor, keep: int, shared: SharedPack | None) -> Packed:
         """Select from a training input, or take what a layer in the same state selected from it."""
         # The weight has been selected before, which brought the clock up to date.
-        steps, due = int(self._clock[ops.CLOCK_STEPS]), int(self._clock[ops.CLOCK_DUE + _ACTIVATION])
+        clock = self._clock.tolist()
+        steps, due = clock[ops.CLOCK_STEPS], clock[ops.CLOCK_DUE + _ACTIVATION]
         fresh = due <= steps
         if shared is not None and shared.threshold is not None and shared.fresh == fresh:
             if fresh and shared.remaining == self._topk_period:
@@ -267,7 +268,8 @@ class SWATLayer(nn.Module):
         return packed
 
     def _select(self, tensor: Tensor, threshold: Tensor, slot: int, ratio: tuple[int, int]) -> Packed:
-        values, mask = torch.ops.swat_ext.select(
+        traced = not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0
+        values, mask = (torch.ops.swat_ext.select if traced else ops.select)(
             tensor,
             self.weight.detach(),
             threshold,
