@@ -79,8 +79,7 @@ void check_convolution(const KernelTable& table, const ConvGeometry& g, std::mt1
   const Parallel pool = threads(random() % 3 + 1);
   convolution<T>(table, pool, g, x.read(), packed_weight.view(), bias.data(), y.view);
   convolution_input_grad<T>(table, pool, g, dy.read(), packed_weight.view(), dx.view);
-  convolution_weight_grad<T>(table, pool, g, dy.read(), packed_input.view(), dw.data(),
-                             dw_channels_last);
+  convolution_weight_grad<T>(table, pool, g, dy.read(), packed_input.view(), dw.data(), dw_channels_last);
 
   std::vector<double> want_dx(kept_input.size()), want_dw(weight.size());
   const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;
