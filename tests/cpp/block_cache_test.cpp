@@ -85,24 +85,97 @@ TEST(BlockCache, TrimGivesPagesBack) {
   cache.free(kept);
 }
 
-TEST(BlockCache, GivesTheLargestBlocksBack) {
+constexpr size_t kLarge = BlockCache::kLargeBytes;
+
+TEST(BlockCache, GivesLargeBlocksBackWhereItCannotSeeTheProcess) {
   BlockCache cache;
-  void* const block = cache.allocate(BlockCache::kMostBytes);
-  static_cast<char*>(block)[BlockCache::kMostBytes - 1] = 1;
-  expect_usage(cache, BlockCache::kMostBytes, 0);
+  void* const block = cache.allocate(kLarge);
+  static_cast<char*>(block)[kLarge - 1] = 1;
+  expect_usage(cache, kLarge, 0);
   cache.free(block);
   expect_usage(cache, 0, 0);
-  void* const smaller = cache.allocate(BlockCache::kMostBytes / 2);
+  void* const smaller = cache.allocate(kLarge / 2);
   cache.free(smaller);
-  expect_usage(cache, 0, BlockCache::kMostBytes / 2);
+  expect_usage(cache, 0, kLarge / 2);
 }
 
 TEST(BlockCache, KeepsLargeBlocksThatAreASmallPartOfThePeak) {
   BlockCache cache;
   std::vector<void*> blocks;
-  for (size_t i = 0; i <= BlockCache::kMostShare; ++i) blocks.push_back(cache.allocate(BlockCache::kMostBytes));
+  for (size_t i = 0; i <= BlockCache::kLargeShare; ++i) blocks.push_back(cache.allocate(kLarge));
   for (void* block : blocks) cache.free(block);
-  expect_usage(cache, 0, blocks.size() * BlockCache::kMostBytes);
+  expect_usage(cache, 0, blocks.size() * kLarge);
+}
+
+size_t resident = 0;  // what the caches below are told
+
+// A cache of a process that has once needed 1 GiB, of which `kLarge` times four came from the cache.
+struct CacheOfLargeProcess {
+  CacheOfLargeProcess() {
+    resident = 1024 * kMiB;
+    std::vector<void*> blocks;
+    for (int i = 0; i < 4; ++i) blocks.push_back(cache.allocate(kLarge));
+    for (void* block : blocks) cache.free(block);
+    expect_usage(cache, 0, 0);
+  }
+  BlockCache cache{[] { return resident; }};
+};
+
+TEST(BlockCache, KeepsLargeBlocksWhileTheProcessIsBelowItsPeak) {
+  CacheOfLargeProcess process;
+  BlockCache& cache = process.cache;
+  resident = 512 * kMiB;
+  void* const block = cache.allocate(2 * kLarge);
+  cache.free(block);
+  expect_usage(cache, 0, 2 * kLarge);
+  EXPECT_EQ(cache.allocate(2 * kLarge - kMiB), block);
+  expect_usage(cache, 2 * kLarge, 0);  // the whole block: no remainder is left over
+  cache.free(block);
+
+  // Much smaller results do not get it, large or not.
+  void* const large = cache.allocate(kLarge);
+  void* const small = cache.allocate(kLarge / 4);
+  expect_usage(cache, kLarge + kLarge / 4, 2 * kLarge);
+  cache.free(large);
+  cache.free(small);
+  expect_usage(cache, 0, 3 * kLarge + kLarge / 4);
+  EXPECT_EQ(cache.trim(kLarge), 3 * kLarge);
+  expect_usage(cache, 0, kLarge / 4);
+}
+
+TEST(BlockCache, GivesLargeBlocksBackWhenTheProcessNearsItsPeak) {
+  CacheOfLargeProcess process;
+  BlockCache& cache = process.cache;
+  resident = 512 * kMiB;
+  void* const first = cache.allocate(2 * kLarge);
+  void* const second = cache.allocate(kLarge);
+  cache.free(first);
+  cache.free(second);
+  expect_usage(cache, 0, 3 * kLarge);
+  // Others have grown: the block freed first goes, and the process is then below its peak by more than the second's size.
+  resident = 1024 * kMiB - 2 * kLarge;
+  void* const small = cache.allocate(kMiB);
+  expect_usage(cache, kMiB, kLarge);
+  resident = 1024 * kMiB;
+  cache.free(small);
+  expect_usage(cache, 0, kLarge + kMiB);  // the process is looked at when it may grow, or a large block is freed
+  void* const again = cache.allocate(kMiB);
+  expect_usage(cache, kMiB, 0);
+  cache.free(again);
+}
+
+TEST(BlockCache, LargeBlocksStayWithinThePeakToo) {
+  CacheOfLargeProcess process;
+  BlockCache& cache = process.cache;
+  resident = 100 * kMiB;
+  std::vector<void*> blocks;
+  for (size_t i = 0; i < 4; ++i) blocks.push_back(cache.allocate(kLarge));
+  for (void* block : blocks) cache.free(block);
+  expect_usage(cache, 0, 4 * kLarge);
+  void* const block = cache.allocate(2 * kLarge);  // none fits: two of them make room
+  expect_usage(cache, 2 * kLarge, 2 * kLarge);
+  cache.free(block);
+  expect_usage(cache, 0, 4 * kLarge);
 }
 
 TEST(BlockCache, SaysWhenThereIsNoMemory) {

@@ -76,6 +76,40 @@ GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, 
   return out;
 }
 
+// The same for a tile of whole images, where every activation meets the same taps: all channels of a sample in the order of memory.
+// Planes are short then, and to look each of them up would cost more than to list it. `next` has a place for each channel.
+template <typename T>
+GatherEntry<T>* list_images(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel_begin,
+                            int64_t channel_end, GatherEntry<T>* const entries, GatherEntry<T>* out, int64_t* start,
+                            int64_t* next) {
+  using Offset = decltype(GatherEntry<T>::offset);
+  const int64_t plane = p.geometry.in_height * p.geometry.in_width, channels = channel_end - channel_begin;
+  const int64_t pixel_bytes = p.vectors * kVectorBytes;
+  auto first_bit = [&](int64_t n) { return (n * p.geometry.in_channels + channel_begin) * plane; };
+  std::fill_n(next, channels, int64_t{0});
+  for (int64_t n = b.sample_begin; n < b.sample_end; ++n) {
+    int64_t bit = first_bit(n);
+    for (int64_t c = 0; c < channels; ++c, bit += plane) next[c] += count_bits(p.input.words, bit, bit + plane);
+  }
+  int64_t position = out - entries;
+  for (int64_t c = 0; c < channels; ++c) {
+    start[c] = position;
+    position += std::exchange(next[c], position);
+  }
+  for (int64_t n = b.sample_begin; n < b.sample_end; ++n) {
+    int64_t bit = first_bit(n);
+    const T* value = p.input.values + rank(p.input, bit);
+    const int64_t sample = (n - b.sample_begin) * p.grad_rows * p.grad_columns;
+    for (int64_t c = 0; c < channels; ++c, bit += plane) {
+      GatherEntry<T>* to = entries + next[c];
+      for_each_bit(p.input.words, bit, bit + plane,
+                   [&](int64_t i) { *to++ = {*value++, static_cast<Offset>((sample + p.pixel[i]) * pixel_bytes)}; });
+      next[c] = to - entries;
+    }
+  }
+  return entries + position;
+}
+
 // Lists of channels [channel_begin, channel_end) for tiles [begin, end): starts[tile][channel][class].
 template <typename T>
 void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_t channel_begin, int64_t channel_end,
@@ -97,6 +131,15 @@ void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_
   GatherEntry<T>* const entries = scratch.entries.data();
   GatherEntry<T>* out = entries;
   int64_t* start = scratch.starts.data();
+  if (p.class_count == 1 && p.tiles_h == 1 && p.tiles_w == 1) {
+    const int64_t channels = channel_end - channel_begin;
+    scratch.next.resize(channels);
+    for (int64_t tile = begin; tile < end; ++tile, start += channels) {
+      out = list_images(p, tile_bounds(p, tile), channel_begin, channel_end, entries, out, start, scratch.next.data());
+    }
+    *start = out - entries;
+    return;
+  }
   // A tile mostly begins in the bitmap where the one before ended.
   scratch.cursors.assign(channel_end - channel_begin, {});
   for (int64_t tile = begin; tile < end; ++tile) {

@@ -1,5 +1,6 @@
 #include "block_cache.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -41,6 +42,17 @@ char* map(size_t bytes) {
   return begin;
 }
 
+// The second number of the file counts pages.
+size_t resident_bytes() {
+  static const int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+  char text[64];
+  const ssize_t length = file < 0 ? -1 : pread(file, text, sizeof(text) - 1, 0);
+  if (length <= 0) return 0;
+  text[length] = '\0';
+  const char* const pages = std::strchr(text, ' ');
+  return pages == nullptr ? 0 : std::strtoull(pages, nullptr, 10) * kPage;
+}
+
 }  // namespace
 
 BlockCache* BlockCache::shared() {
@@ -48,7 +60,7 @@ BlockCache* BlockCache::shared() {
     const char* const wanted = std::getenv("SWAT_CPU_CACHE");
     if (wanted != nullptr && std::strcmp(wanted, "0") == 0) return static_cast<BlockCache*>(nullptr);
     pthread_atfork([] { shared()->lock(); }, [] { shared()->unlock(); }, [] { shared()->unlock(); });
-    return new BlockCache;
+    return new BlockCache(resident_bytes);
   }();
   return cache;
 }
@@ -92,6 +104,40 @@ char* BlockCache::take(size_t bytes) {
   return begin;
 }
 
+// The large block that fits best, whole.
+BlockCache::Range BlockCache::take_large(size_t bytes) {
+  auto best = large_.end();
+  for (auto at = large_.begin(); at != large_.end(); ++at) {
+    const bool fits = at->bytes >= bytes && at->bytes - bytes <= bytes / kLargeSpare;
+    if (fits && (best == large_.end() || at->bytes < best->bytes)) best = at;
+  }
+  if (best == large_.end()) return {nullptr, 0};
+  const Range block = *best;
+  large_.erase(best);
+  large_cached_ -= block.bytes;
+  return block;
+}
+
+size_t BlockCache::drop_oldest_large() noexcept {
+  const Range block = large_.front();
+  large_.pop_front();
+  large_cached_ -= block.bytes;
+  munmap(block.begin, block.bytes);
+  return block.bytes;
+}
+
+// The process is about to grow by `bytes`: give large blocks back unless it stays as far below its peak as they are large. That much
+// it may grow before it is looked at again, by tensors of PyTorch's own, which come in the same sizes.
+void BlockCache::make_room(size_t bytes) noexcept {
+  size_t resident = resident_ == nullptr ? 0 : resident_();
+  needed_ = std::max(needed_, resident - std::min(resident, cached_ + large_cached_));
+  while (!large_.empty() && (resident + bytes + large_.front().bytes > needed_ ||
+                             used_ + bytes + cached_ + large_cached_ > std::max(peak_, used_ + bytes))) {
+    resident -= std::min(resident, drop_oldest_large());
+  }
+}
+
+// Of the ranges other than large blocks.
 size_t BlockCache::trim_locked(size_t keep) noexcept {
   size_t gone = 0;
   while (cached_ > keep) {
@@ -108,14 +154,22 @@ size_t BlockCache::trim_locked(size_t keep) noexcept {
 }
 
 void* BlockCache::allocate(size_t bytes) {
-  const size_t size = round_up(bytes);
+  size_t size = round_up(bytes);
   const std::lock_guard<std::mutex> guard(mutex_);
-  char* block = keeps(size) ? take(size) : nullptr;
+  char* block = nullptr;
+  if (size >= kLargeBytes) {
+    const Range large = take_large(size);
+    block = large.begin;
+    if (block != nullptr) size = large.bytes;
+  }
+  if (block == nullptr && !is_large(size)) block = take(size);
+  make_room(block == nullptr ? size : 0);
   if (block == nullptr) {
     // What does not fit makes room for what does: used and cached together stay within the peak.
-    trim_locked(std::max(peak_, used_ + size) - used_ - size);
+    trim_locked(std::max(peak_, used_ + size) - used_ - size - large_cached_);
     block = map(size);
     if (block == nullptr) {
+      while (!large_.empty()) drop_oldest_large();
       trim_locked(0);
       block = map(size);
     }
@@ -133,24 +187,29 @@ void BlockCache::free(void* block) noexcept {
   const size_t size = found->second;
   blocks_.erase(found);
   used_ -= size;
-  if (keeps(size)) {
+  if (is_large(size)) {
+    large_.push_back({static_cast<char*>(block), size});
+    large_cached_ += size;
+    make_room(0);
+  } else {
     cached_ += size;
     insert(static_cast<char*>(block), size);
-  } else {
-    munmap(block, size);
   }
 }
 
 size_t BlockCache::trim(size_t keep) noexcept {
   const std::lock_guard<std::mutex> guard(mutex_);
-  const size_t gone = trim_locked(keep);
-  peak_ = used_ + cached_;
+  size_t gone = 0;
+  while (!large_.empty() && cached_ + large_cached_ > keep) gone += drop_oldest_large();
+  gone += trim_locked(keep - std::min(keep, large_cached_));
+  peak_ = used_ + cached_ + large_cached_;
+  needed_ = 0;
   return gone;
 }
 
 BlockCache::Usage BlockCache::usage() {
   const std::lock_guard<std::mutex> guard(mutex_);
-  return {used_, cached_, peak_};
+  return {used_, cached_ + large_cached_, peak_};
 }
 
 }  // namespace swat::cpu

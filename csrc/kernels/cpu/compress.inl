@@ -51,6 +51,9 @@ inline constexpr int64_t kMostTogether = 1024;
 template <typename T>
 inline constexpr int kBitChannels = std::max(kLanes<T>, 8);
 
+// Bytes by which reading runs ahead: the hardware's own prefetching ends with each page.
+inline constexpr int64_t kFindAhead = 2048;
+
 // words[channel][pixel / 64] of channels-last pixels: reads memory once, in order, and transposes bits in place of elements.
 // `channels` is a multiple of kBitChannels. Returns the set bits.
 template <typename T>
@@ -68,6 +71,8 @@ inline int64_t find_kept(const T* data, int64_t channels, int64_t pixels, int64_
     if (count < 8) std::fill_n(squares, channels / 8, uint64_t{0});
     for (int64_t i = 0; i < count; ++i) {
       const T* from = data + (p + i) * pixel_stride;
+      const T* ahead = from + kFindAhead / sizeof(T);
+      for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c);
       for (int64_t c = 0; c < channels; c += kC) {
         uint32_t bits = 0;
         for (int k = 0; k < kC; k += kN) bits |= kept_bits<T>(load_unaligned(from + c + k), threshold) << k;

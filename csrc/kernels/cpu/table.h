@@ -19,6 +19,7 @@ struct WeightGradScratch {
   Buffer<uint8_t> classes;               // of those
   Buffer<int64_t> starts;                // [tile][channel][class] + 1
   std::vector<PackedCursor<T>> cursors;  // of each channel
+  std::vector<int64_t> next;             // where each channel's list goes on
 };
 
 // Each works on a range [begin, end) of what it is said to count; the bodies' files say the rest.
