@@ -7,7 +7,7 @@
 namespace swat::cpu {
 namespace {
 
-constexpr int64_t kBlockChannels[] = {8, 16, 32, kMostBlockChannels};
+constexpr int64_t kBlockChannels[] = {8, 16, 32, 64, 128, kMostBlockChannels};
 constexpr int64_t kStackedTiles[] = {1, 2, 4};
 constexpr double kL1Bytes = 28 << 10;  // of 32 KiB: lists and sums pass through it too
 constexpr double kL2Bytes = 384 << 10;

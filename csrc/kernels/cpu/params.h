@@ -93,7 +93,7 @@ struct WeightListParams {
 };
 
 // Most channels of a block.
-inline constexpr int64_t kMostBlockChannels = 64;
+inline constexpr int64_t kMostBlockChannels = 256;
 
 // Shape of the output pixels that stay in registers, [height, width].
 struct RegisterTile {
