@@ -31,6 +31,7 @@ std::vector<T> draw(int64_t count, uint32_t seed, bool special = false) {
 
 template <typename T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  if (a.empty() || b.empty()) return a.size() == b.size();  // memcmp takes no null pointers
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
