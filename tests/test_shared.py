@@ -1,7 +1,9 @@
 """Layers that read one tensor share one packed copy of it, and train as if each had its own."""
 
 import copy
+import io
 
+import numpy
 import pytest
 import torch
 from networks import assert_same_state, batches, sgd, train
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import swat_ext
 from swat_ext import SWATConfig, SWATConv2d
 from swat_ext.modules import base
+from swat_ext.modules import shared as sharing
 
 
 class Block(nn.Module):
@@ -57,7 +60,7 @@ def _packed_storages(model: nn.Module, x: Tensor) -> int:
 
 
 def _alone(monkeypatch) -> None:
-    monkeypatch.setattr(base, "find", lambda tensor, keep: None)
+    monkeypatch.setattr(base, "find", lambda tensor, key: None)
 
 
 def test_one_copy_is_held_for_two_layers(monkeypatch):
@@ -143,3 +146,63 @@ def test_a_copy_shares_anew_and_trains_alike():
     train(twin, twin_optimizer, data[4:])
     assert_same_state(model, twin)
     assert _packed_storages(twin, data[0][0]) == 1
+
+
+def test_a_buffer_filled_again_is_packed_again():
+    values = numpy.random.default_rng(0)
+    buffer = numpy.zeros((2, 3, 8, 8), numpy.float32)
+    x = torch.from_numpy(buffer)
+    layer = SWATConv2d(3, 4, 3, sparsity=0.0, activation_sparsity=0.0, backend="sparse")
+    dense = nn.Conv2d(3, 4, 3)
+    dense.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        buffer[:] = values.standard_normal(buffer.shape)
+        for module in (layer, dense):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        torch.testing.assert_close(layer.weight.grad, dense.weight.grad, rtol=0.02, atol=0.05)
+
+
+def test_the_copy_dies_with_the_graph_and_nothing_is_left_on_a_tensor():
+    model, x = _network(), batches(1)[0][0]
+    kept: list[Tensor] = []
+    model.relu.register_forward_hook(lambda module, args, output: kept.append(output))
+    output = model(x)
+    (known,) = sharing._known[kept[0]].values()
+    assert known.mask() is not None
+    output.sum().backward()
+    del output
+    assert known.values() is None
+    assert known.mask() is None
+    assert set(vars(kept[0])) == set()
+    file = io.BytesIO()
+    torch.save([x, kept[0].detach()], file)
+    file.seek(0)
+    torch.load(file)
+    before = len(sharing._known)
+    kept.clear()
+    assert len(sharing._known) < before
+
+
+@pytest.mark.parametrize("kind", ["linear", "padded"])
+def test_linear_and_padded_layers_share_too(kind):
+    torch.manual_seed(0)
+    settings = {"sparsity": 0.8, "backend": "sparse"}
+    if kind == "linear":
+        layers = [swat_ext.SWATLinear(64, 8, **settings) for _ in range(3)]
+        x = torch.randn(32, 4, 64, requires_grad=True) * 1
+    else:
+        layers = [SWATConv2d(8, 8, 3, padding=1, padding_mode=mode, **settings) for mode in ("reflect", "circular")]
+        layers += [SWATConv2d(8, 8, 3, padding=1, padding_mode="reflect", **settings)]
+        x = torch.randn(4, 8, 8, 8, requires_grad=True) * 1
+    saved: set[int] = set()
+
+    def look(tensor: Tensor) -> Tensor:
+        if tensor.dtype == x.dtype and tensor.dim() == 1 and tensor.numel() < x.numel():
+            saved.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        outputs = [layer(x).sum() for layer in layers]
+    assert len(saved) == {"linear": 1, "padded": 2}[kind]
+    torch.stack(outputs).sum().backward()

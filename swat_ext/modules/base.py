@@ -1,7 +1,7 @@
 """What the sparse layers share: their settings, their thresholds, and the count of optimizer steps that ages those."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -226,46 +226,54 @@ class SWATLayer(nn.Module):
             return self._select(weight, self.weight_threshold, _WEIGHT, self._weight_ratio)
         return select_exactly(weight, self._weight_ratio)
 
-    def _select_activation(self, input: Tensor) -> Packed | None:
-        """``top(input)`` for the weight gradient, or None where there will be none."""
+    def _select_activation(self, input: Tensor, source: Tensor, form: Hashable = None) -> Packed | None:
+        """``top(input)`` for the weight gradient, or None where there will be none.
+
+        Args:
+            input: what the convolution reads.
+            source: the layer's own input; layers that read the same one, in the same form, share what is kept.
+            form: what was made of ``source`` to get ``input``.
+        """
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
-        if not has_identity(input):
+        if not has_identity(source):
             if self.training:
                 return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
             return select_exactly(input.detach(), self._activation_ratio)
-        keep = kept(input.numel(), self._activation_ratio)
-        shared = find(input, keep)
-        if not self.training:
-            if shared is None or shared.selection is not None:
-                packed = select_exactly(input.detach(), self._activation_ratio)
-                attach(input, SharedPack(packed, input._version, keep, None, True, None, 0))
-                return packed
-            return shared.packed
-        return self._share_activation(input, keep, shared)
+        key = (form, input.dtype, kept(input.numel(), self._activation_ratio))
+        known = find(source, key)
+        shared = self._share_selected(input, key, known) if self.training else self._share_exact(input, key, known)
+        if shared is not known:
+            attach(source, shared)
+        return shared.packed
 
-    def _share_activation(self, input: Tensor, keep: int, shared: SharedPack | None) -> Packed:
+    def _share_exact(self, input: Tensor, key: Hashable, known: SharedPack | None) -> SharedPack:
+        """Select from an input in evaluation, or take what another layer selected from it so."""
+        if known is not None and known.selection is None:
+            return known
+        return SharedPack(select_exactly(input.detach(), self._activation_ratio), key, None, True, None, 0)
+
+    def _share_selected(self, input: Tensor, key: Hashable, known: SharedPack | None) -> SharedPack:
         """Select from a training input, or take what a layer in the same state selected from it."""
         # The weight has been selected before, which brought the clock up to date.
         clock = self._clock.tolist()
         steps, due = clock[ops.CLOCK_STEPS], clock[ops.CLOCK_DUE + _ACTIVATION]
         fresh = due <= steps
-        if shared is not None and shared.threshold is not None and shared.fresh == fresh:
-            if fresh and shared.remaining == self._topk_period:
-                self.activation_threshold.copy_(shared.threshold)
-                self._selection = shared.selection
-                self._clock[ops.CLOCK_DUE + _ACTIVATION] = steps + shared.remaining
-                return shared.packed
-            if not fresh and shared.selection is self._selection:
-                self._clock[ops.CLOCK_DUE + _ACTIVATION] = min(due, steps + shared.remaining)
-                return shared.packed
+        if known is not None and known.threshold is not None and known.fresh == fresh:
+            if fresh and known.remaining == self._topk_period:
+                self.activation_threshold.copy_(known.threshold)
+                self._selection = known.selection
+                self._clock[ops.CLOCK_DUE + _ACTIVATION] = steps + known.remaining
+                return known
+            if not fresh and known.selection is self._selection:
+                self._clock[ops.CLOCK_DUE + _ACTIVATION] = min(due, steps + known.remaining)
+                return known
         packed = self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
         if fresh or self._selection is None:
             self._selection = object()
         remaining = int(self._clock[ops.CLOCK_DUE + _ACTIVATION]) - steps
         threshold = self.activation_threshold.clone() if fresh else self.activation_threshold
-        attach(input, SharedPack(packed, input._version, keep, self._selection, fresh, threshold, remaining))
-        return packed
+        return SharedPack(packed, key, self._selection, fresh, threshold, remaining)
 
     def _select(self, tensor: Tensor, threshold: Tensor, slot: int, ratio: tuple[int, int]) -> Packed:
         traced = not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0

@@ -76,9 +76,11 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
         self._check_input(input)
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
-        input = autocast_input(input)
+        source, input = input, autocast_input(input)
         padding: Any = self.padding
+        form: Any = None
         if self.padding_mode != "zeros":
+            form = (self.padding_mode, *self._reversed_padding_repeated_twice)
             input = pad_by_index(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
         batched = input if input.dim() == 4 else input.unsqueeze(0)
@@ -88,7 +90,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(input),
+            self._select_activation(input, source, form),
             *geometry,
             backend=self._backend_for(batched, self.weight, *geometry),
             from_weight=True,

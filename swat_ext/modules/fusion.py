@@ -1,11 +1,13 @@
 """BatchNorm and the ReLU that follows it in one pass over memory.
 
 Which ReLU follows which BatchNorm is read off the network's graph, traced once by :mod:`torch.fx`; a network that
-cannot be traced keeps them apart. A BatchNorm that was found to feed a ReLU alone returns its output rectified, with a
-mark that the ReLU knows it by. Nothing is taken on trust: should the mark not arrive, because the network was changed
-after it was traced, the BatchNorm says so and goes back to its own.
+cannot be traced keeps them apart. What is found is a guess, for a forward may take another way the next time, or be
+changed: :mod:`swat_ext.modules.rectified` makes every other reader of the BatchNorm's output see what it should.
 """
 
+import random
+
+import torch
 from torch import fx, nn
 
 from swat_ext.modules.batch_norm import SWATBatchNorm2d
@@ -26,17 +28,22 @@ def fuse_relus(model: nn.Module) -> tuple[str, ...]:
     """Let every :class:`SWATBatchNorm2d` whose output goes into a :class:`SWATReLU` alone compute both.
 
     Args:
-        model: a network whose layers are swapped already; its forward is traced on a copy without values.
+        model: a network whose layers are swapped already; its forward is traced on a copy without values, and the
+            random states of Python and of torch's CPU generator are left as they were.
 
     Returns:
         Names of the batch normalisations that do so now; empty where the network cannot be traced.
     """
     if not any(isinstance(module, SWATBatchNorm2d) for module in model.modules()):
         return ()
+    state = random.getstate()
     try:
-        graph = _Tracer().trace(copy_model(model, on_meta))
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(copy_model(model, on_meta))
     except Exception:  # whatever a forward does with what is no tensor
         return ()
+    finally:
+        random.setstate(state)
     calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":

@@ -52,14 +52,14 @@ class SWATLinear(SWATLayer, nn.Linear):
         self._check_input(input)
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
-        input = autocast_input(input)
+        source, input = input, autocast_input(input)
         view = linear_input_view(input)
         return linear_packed(
             input,
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(view),
+            self._select_activation(view, source, "rows"),
             backend=self._backend_for(view, self.weight[:, :, None, None]),
             from_weight=True,
         )

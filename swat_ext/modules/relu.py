@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.layer_ops import has_kernels, relu, relu_
-from swat_ext.modules.rectified import arrived
+from swat_ext.modules.rectified import RectifiedOutput
 
 __all__ = ["SWATReLU"]
 
@@ -30,8 +30,9 @@ class SWATReLU(nn.ReLU):
     dense_class: ClassVar[type[nn.Module]] = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
-        if arrived(input):
-            return input
+        if isinstance(input, RectifiedOutput):
+            rectified = input.take_rectified(self.inplace)
+            return input.read(self.forward) if rectified is None else rectified
         if not (has_kernels(input) and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         # A compiled graph has no use for in-place operations: the compiler plans the memory itself.

@@ -1,20 +1,21 @@
 """One packed copy for all layers that read the same tensor, such as a block's first convolution and its shortcut.
 
-The copy travels on the tensor itself, as a Python attribute: it is found again only by a layer that is given the very
-same tensor object, unchanged, and it dies with it (the graph keeps what the backward pass needs).
+The copy is found again only by a layer that is given the very same tensor object, unchanged. Only tensors that a graph
+made are remembered: a leaf may lie in memory that others write to, a batch's buffer that is filled again, and its
+version would not tell. What holds the copy is the graph, for its backward pass; here are weak references alone.
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from swat_ext.functional import Packed
 
 __all__ = ["SharedPack", "attach", "find", "has_identity"]
-
-_ATTRIBUTE = "_swat_packed"
 
 
 class SharedPack(NamedTuple):
@@ -22,8 +23,7 @@ class SharedPack(NamedTuple):
 
     Attributes:
         packed: the kept elements.
-        version: of the tensor when it was packed.
-        keep: elements that the layer was to keep.
+        key: what was made of the tensor before it was packed, and how many elements were to be kept.
         selection: stands for one selection of a threshold: layers that hold the same object hold equal thresholds.
             None for a selection that counts for one call alone.
         fresh: whether the threshold was selected from this very tensor.
@@ -32,12 +32,24 @@ class SharedPack(NamedTuple):
     """
 
     packed: Packed
-    version: int
-    keep: int
+    key: Hashable
     selection: object | None
     fresh: bool
     threshold: Tensor | None
     remaining: int
+
+
+class _Known(NamedTuple):
+    """A :class:`SharedPack` that keeps no packed element alive; ``version`` is the tensor's when it was packed."""
+
+    shared: SharedPack
+    values: TensorWeakRef
+    mask: TensorWeakRef
+    version: int
+
+
+# By the tensor, then by key.
+_known = WeakTensorKeyDictionary()
 
 
 def has_identity(tensor: Tensor) -> bool:
@@ -46,13 +58,22 @@ def has_identity(tensor: Tensor) -> bool:
 
 
 def attach(tensor: Tensor, shared: SharedPack) -> None:
-    """Leave a packed copy with the tensor that it was made of."""
-    setattr(tensor, _ATTRIBUTE, shared)
+    """Remember a packed copy of a tensor that a graph made; nothing else is remembered."""
+    if tensor.grad_fn is None:
+        return
+    values, mask, size = shared.packed
+    bare = shared._replace(packed=Packed(values.new_empty(0), mask.new_empty(0), size))
+    _known.setdefault(tensor, {})[shared.key] = _Known(
+        bare, TensorWeakRef(values), TensorWeakRef(mask), tensor._version
+    )
 
 
-def find(tensor: Tensor, keep: int) -> SharedPack | None:
-    """The copy of ``keep`` elements that travels with ``tensor``, unless the tensor has changed since."""
-    shared: SharedPack | None = getattr(tensor, _ATTRIBUTE, None)
-    if shared is None or shared.version != tensor._version or shared.keep != keep:
+def find(tensor: Tensor, key: Hashable) -> SharedPack | None:
+    """The copy under ``key`` that a graph holds of ``tensor``, unless the tensor changed since."""
+    known: _Known | None = _known.get(tensor, {}).get(key) if tensor.grad_fn is not None else None
+    if known is None or known.version != tensor._version:
         return None
-    return shared
+    values, mask = known.values(), known.mask()
+    if values is None or mask is None:
+        return None
+    return known.shared._replace(packed=Packed(values, mask, known.shared.packed.size))
