@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradient", "refuse_second_derivative", "with_gradient"]
+__all__ = ["gradient", "refuse_second_derivative", "transformed", "with_gradient"]
+
+
+def transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` is at work, whose tensors have no memory for a kernel to read."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _below_autograd(operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.arguments import HAS_CUDA, supported_dtypes
-from swat_ext.calls import gradient, refuse_second_derivative, with_gradient
+from swat_ext.calls import gradient, refuse_second_derivative, transformed, with_gradient
 from swat_ext.layout import empty, is_channels_last
 
 __all__ = [
@@ -31,10 +31,11 @@ _BITS_PER_WORD = 64
 def has_kernels(input: object) -> bool:
     """Whether the layers around the convolutions have kernels for ``input``, a dense tensor on the CPU or on CUDA.
 
-    On the CPU in float32 and float64, on CUDA in bfloat16 and float16 too, where this build has CUDA kernels. On shapes
-    alone ("meta") they stand for the CPU's, so that what they would hold can be counted.
+    On the CPU in float32 and float64, on CUDA in bfloat16 and float16 too, where this build has CUDA kernels; not under
+    the transforms of :mod:`torch.func`. On shapes alone ("meta") they stand for the CPU's, so that what they would hold
+    can be counted.
     """
-    if not isinstance(input, Tensor) or input.layout != torch.strided:
+    if not isinstance(input, Tensor) or input.layout != torch.strided or transformed():
         return False
     kind = input.device.type
     return (kind in ("cpu", "meta") or (kind == "cuda" and HAS_CUDA)) and input.dtype in supported_dtypes(input.device)

@@ -288,3 +288,37 @@ def test_a_network_trains_as_with_pytorchs_layers(saved: str) -> None:
         losses.append(torch.stack(train(model, sgd(model), batches(12, dtype=torch.float64))))
     tolerance = {"exact": 1e-9, "bf16": 1e-2, "int8": 3e-2}[saved]
     torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layer", [SWATReLU(), SWATReLU(inplace=True), SWATMaxPool2d(2), SWATAvgPool2d(2)])
+def test_transforms_of_torch_func_take_the_layers_for_pytorchs(layer):
+    dense = layer.dense_class(**{"inplace": True} if getattr(layer, "inplace", False) else {}, **_pool_size(layer))
+    x = torch.randn(3, 2, 4, 4)
+    for module in (layer, dense):
+        module.grads = torch.func.grad(lambda t, module=module: module(t * 2).square().sum())(x)
+    assert torch.equal(layer.grads, dense.grads)
+    assert torch.equal(torch.vmap(layer)(x[None].clone()), torch.vmap(dense)(x[None].clone()))
+
+
+def _pool_size(layer: nn.Module) -> dict[str, int]:
+    return {"kernel_size": 2} if hasattr(layer, "kernel_size") else {}
+
+
+def test_a_sparse_layer_says_that_transforms_do_not_go_through_it():
+    layer = SWATConv2d(2, 3, 3, sparsity=0.5)
+    with pytest.raises(NotImplementedError, match="SWATConv2d: the transforms of"):
+        torch.func.grad(lambda t: layer(t).sum())(torch.randn(1, 2, 5, 5))
+
+
+@pytest.mark.parametrize("settings", [{"eps": 0.0}, {"eps": -1.0}, {}])
+def test_batch_norm_refuses_what_pytorch_refuses(settings):
+    dense, mine = _pair(**settings)
+    if not settings:
+        dense.running_mean = mine.running_mean = None
+    outcomes = []
+    for module in (dense, mine):
+        try:
+            outcomes.append(torch.isnan(module(torch.randn(2, 5, 3, 3))).any().item())
+        except Exception as error:  # which releases refuse what differs
+            outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1]

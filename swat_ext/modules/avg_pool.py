@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.arguments import int_pair
+from swat_ext.calls import transformed
 from swat_ext.layout import is_channels_last, memory_format
 
 __all__ = ["SWATAvgPool2d"]
@@ -36,7 +37,7 @@ class SWATAvgPool2d(nn.AvgPool2d):
 
     PyTorch's saves its input, of which the backward pass reads the shape.
 
-    Under torch.compile, and where no gradient is asked for, it is PyTorch's own.
+    Under torch.compile and the transforms of :mod:`torch.func`, and where no gradient is asked for, it is PyTorch's own.
 
     Args:
         kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in
@@ -49,7 +50,8 @@ class SWATAvgPool2d(nn.AvgPool2d):
     dense_class: ClassVar[type[nn.Module]] = nn.AvgPool2d
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or input.dim() != 4 or not (torch.is_grad_enabled() and input.requires_grad):
+        traced = torch.compiler.is_compiling() or transformed()
+        if traced or input.dim() != 4 or not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         output: Tensor = _AvgPool.apply(
             input,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from swat_ext import ops
 from swat_ext.arguments import check_tensor
+from swat_ext.calls import transformed
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
@@ -292,6 +293,11 @@ class SWATLayer(nn.Module):
         # Here and not only in functional: a selection must not see an input that the convolution then refuses.
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+        if transformed():
+            raise NotImplementedError(
+                f"{type(self).__name__}: the transforms of torch.func (grad, vmap, jvp) do not go through a sparse "
+                "layer; use swat_ext.to_dense(model) where they are needed"
+            )
         casts = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
         if input.dtype != self.weight.dtype and not casts:
             raise TypeError(f"input: expected dtype {self.weight.dtype}, that of weight, got {input.dtype}")

@@ -103,7 +103,9 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         """Whether this is a call for our kernels; all others, wrong ones among them, are PyTorch's."""
         return (
             has_kernels(input)
-            and (self.training or (self.running_mean is None and self.running_var is None))
+            and (self.running_mean is None) == (self.running_var is None)
+            and (self.training or self.running_mean is None)
+            and self.eps > 0
             and input.dim() == 4
             and input.shape[1] == self.num_features
             and input.numel() > self.num_features
