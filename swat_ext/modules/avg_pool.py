@@ -37,7 +37,7 @@ class SWATAvgPool2d(nn.AvgPool2d):
 
     PyTorch's saves its input, of which the backward pass reads the shape.
 
-    Under torch.compile and the transforms of :mod:`torch.func`, and where no gradient is asked for, it is PyTorch's own.
+    Under torch.compile, the transforms of torch.func and where no gradient is asked for, it is PyTorch's own.
 
     Args:
         kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in
