@@ -59,6 +59,7 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_C, module) {
   // What this throws becomes an ImportError with the same words.
   swat::cpu::force_from_environment();
+  swat::cpu::BlockCache::shared();
 
   module.doc() = "Build information, the instruction set of the CPU kernels, and the cache of their memory.";
   module.def(

@@ -96,7 +96,8 @@ def random_geometry(rng: random.Random) -> Geometry:
             groups, channels, outputs = channels, 1, 1 if kind == "depthwise" else rng.choice([2, 3])
         kernel = rng.choice([(1, 1), (3, 3), (3, 3), (rng.randint(1, 7), rng.randint(1, 7)), (1, rng.randint(1, 7))])
         plain = rng.random() < 0.3
-        stride = (1, 1) if plain else (rng.randint(1, 3), rng.randint(1, 3))
+        longest_stride = 24 if rng.random() < 0.05 else 3
+        stride = (1, 1) if plain else (rng.randint(1, longest_stride), rng.randint(1, longest_stride))
         dilation = (1, 1) if plain or rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
         # 'same', symmetric, any four numbers, some of them wider than the kernel: whole windows then see padding alone.
         style = rng.choice(["none", "same", "symmetric", "any"])

@@ -136,10 +136,24 @@ def make():
 """
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
+@pytest.mark.parametrize("value", ["0", "1", ""])
 def test_environment_turns_it_off(value: str) -> None:
     code = "kept = make(); print(swat_ext.cache_usage().used > 0, kept.sum().item(), swat_ext.empty_cache() >= 0)"
-    assert _run(_MAKE + code, SWAT_CPU_CACHE=value) == f"{value == '1'} {2.0**20} True\n"
+    assert _run(_MAKE + code, SWAT_CPU_CACHE=value) == f"{value != '0'} {2.0**20} True\n"
+
+
+@pytest.mark.parametrize("value", ["off", "2", "false", "0 "])
+def test_environment_that_says_neither_is_an_import_error(value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import swat_ext"],
+        env=os.environ | {"SWAT_CPU_CACHE": value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == f"ImportError: SWAT_CPU_CACHE: expected 0 or 1, got '{value}'"
 
 
 def test_a_forked_child_has_a_cache_of_its_own() -> None:

@@ -165,6 +165,9 @@ _REAL = {
     "7x7 stem": Geometry(5, 1, 3, 64, 40, 40, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)),
     "depthwise": Geometry(16, 96, 1, 1, 14, 14, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     "ResNeXt": Geometry(8, 32, 4, 4, 14, 14, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "patch embedding": Geometry(3, 1, 3, 64, 48, 32, (16, 16), (16, 16), (0, 0, 0, 0), (1, 1)),
+    "stride 20": Geometry(2, 2, 3, 9, 45, 61, (5, 23), (20, 20), (1, 2, 3, 0), (2, 1)),
+    "1x1, padded behind": Geometry(7, 2, 2, 27, 18, 12, (1, 1), (1, 1), (0, 2, 0, 4), (1, 1)),
     "dilated": Geometry(2, 1, 64, 32, 20, 20, (3, 3), (1, 1), (4, 4, 4, 4), (4, 4)),
     "linear": Geometry(64, 1, 512, 100, 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
     "one wide row": Geometry(1, 1, 17, 31, 1, 3000, (1, 7), (1, 1), (0, 0, 3, 3), (1, 1)),
@@ -229,7 +232,14 @@ def test_masked_conv2d_equals_conv2d(seed: int, isa: str) -> None:
 _FOR_THREADS = {
     **{
         name: _REAL[name]
-        for name in ("3x3, 64 channels", "3x3, wide and small", "1x1, stride 2", "depthwise", "linear")
+        for name in (
+            "3x3, 64 channels",
+            "3x3, wide and small",
+            "1x1, stride 2",
+            "patch embedding",
+            "depthwise",
+            "linear",
+        )
     },
     "one image": Geometry(1, 1, 8, 16, 33, 31, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     "odd": Geometry(35, 3, 5, 7, 11, 13, (2, 5), (2, 1), (3, 0, 1, 2), (1, 2)),

@@ -1,6 +1,9 @@
 #include "kernels/cpu/block_cache.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -162,6 +165,38 @@ TEST(BlockCache, GivesLargeBlocksBackWhenTheProcessNearsItsPeak) {
   void* const again = cache.allocate(kMiB);
   expect_usage(cache, kMiB, 0);
   cache.free(again);
+}
+
+TEST(BlockCache, GivesLargeBlocksBackWhereItNoLongerSeesTheProcess) {
+  CacheOfLargeProcess process;
+  BlockCache& cache = process.cache;
+  resident = 512 * kMiB;
+  void* const block = cache.allocate(kLarge);
+  cache.free(block);
+  expect_usage(cache, 0, kLarge);
+  resident = 0;
+  void* const small = cache.allocate(kMiB);
+  expect_usage(cache, kMiB, 0);
+  cache.free(small);
+}
+
+// 0 where `resident_bytes` says what this process, a child that has closed what it inherited, has in memory.
+int check_resident_in_child() {
+  for (int file = 3; file < 64; ++file) close(file);
+  while (open("/dev/zero", O_RDONLY) < 16) {
+  }
+  const size_t before = resident_bytes();
+  std::vector<char> grown(64 * kMiB, 1);
+  return before > 0 && resident_bytes() >= before + 60 * kMiB && grown[kMiB] == 1 ? 0 : 1;
+}
+
+TEST(ResidentBytes, AreThoseOfAForkedChild) {
+  if (resident_bytes() == 0) GTEST_SKIP() << "there is no /proc";
+  const pid_t child = fork();
+  if (child == 0) _exit(check_resident_in_child());
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(BlockCache, LargeBlocksStayWithinThePeakToo) {

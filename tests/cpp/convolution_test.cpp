@@ -139,8 +139,9 @@ ConvGeometry random_geometry(std::mt19937& random) {
     g.in_width = below(14) + 1;
     g.kernel_height = below(4) + 1 + (below(6) == 0 ? 3 : 0);
     g.kernel_width = below(4) + 1;
-    g.stride_height = below(3) + 1;
-    g.stride_width = below(3) + 1;
+    const int longest_stride = below(20) == 0 ? 24 : 3;
+    g.stride_height = below(longest_stride) + 1;
+    g.stride_width = below(longest_stride) + 1;
     g.dilation_height = below(3) + 1;
     g.dilation_width = below(3) + 1;
     g.pad_top = below(4);
@@ -173,6 +174,32 @@ class ConvolutionTest : public TableTest {};
 
 TEST_P(ConvolutionTest, AgreesWithTheDefinitionInFloat) { check_geometries<float>(table(), 120); }
 TEST_P(ConvolutionTest, AgreesWithTheDefinitionInDouble) { check_geometries<double>(table(), 80); }
+
+// Strides so long that the classes of pixels do not fit in 8 bits.
+TEST_P(ConvolutionTest, TakesLongStrides) {
+  std::mt19937 random(7);
+  const ConvGeometry patches{2, 1, 3, 32, 48, 20, 2, 3, 16, 16, 16, 16, 1, 1, 0, 0};
+  check_convolution<float>(table(), patches, random);
+  check_convolution<double>(table(), patches, random);
+  const ConvGeometry sparse{3, 2, 4, 45, 61, 6, 3, 4, 3, 5, 20, 20, 2, 1, 1, 2};
+  check_convolution<float>(table(), sparse, random);
+}
+
+// A 1x1 convolution whose rows must not be joined: they are longer in the output.
+TEST_P(ConvolutionTest, TakesPaddingBehindTheImageAlone) {
+  std::mt19937 random(9);
+  const ConvGeometry g{7, 2, 4, 18, 12, 54, 20, 16, 1, 1, 1, 1, 1, 1, 0, 0};
+  check_convolution<float>(table(), g, random);
+}
+
+TEST_P(ConvolutionTest, RefusesStridesThatNamePastItsClasses) {
+  const ConvGeometry g{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 257, 256, 1, 1, 0, 0};
+  const PackedTensor<float> input(std::vector<float>{1});
+  Image<float> dy(1, 1, 1, 1, 0);
+  float dw = 0;
+  EXPECT_THROW(convolution_weight_grad<float>(table(), threads(1), g, dy.read(), input.view(), &dw, false),
+               std::invalid_argument);
+}
 
 INSTANTIATE_TEST_SUITE_P(Sets, ConvolutionTest, testing::ValuesIn(tables()), table_name);
 

@@ -39,7 +39,7 @@ inline void seek(const PackedView<T>& packed, PackedCursor<T>& at, int64_t targe
 // The kept activations of one channel in one tile, in order, as (value, byte offset in the dy tile); returns the end.
 template <typename T>
 GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, int64_t channel, PackedCursor<T>& at,
-                             GatherEntry<T>* out, uint8_t* out_class) {
+                             GatherEntry<T>* out, uint16_t* out_class) {
   using Offset = decltype(GatherEntry<T>::offset);
   const ConvGeometry& g = p.geometry;
   const int64_t pixel_bytes = p.vectors * kVectorBytes;
@@ -61,7 +61,7 @@ GatherEntry<T>* list_channel(const WeightGradParams<T>& p, const TileBounds& b, 
         for_each_bit(p.input.words, begin, begin + run_bits,
                      [&](int64_t i) { *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)}; });
       } else {
-        const uint8_t* pixel_class = p.pixel_class + r * row_pixels;
+        const uint16_t* pixel_class = p.pixel_class + r * row_pixels;
         for_each_bit(p.input.words, begin, begin + run_bits, [&](int64_t i) {
           *out++ = {*value++, static_cast<Offset>((sample + pixel[i]) * pixel_bytes)};
           *out_class++ = pixel_class[i];
@@ -127,6 +127,7 @@ void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_
   if (p.class_count > 1) {
     scratch.unsorted.reserve(tile_pixels);
     scratch.classes.reserve(tile_pixels);
+    scratch.next.resize(p.class_count);
   }
   GatherEntry<T>* const entries = scratch.entries.data();
   GatherEntry<T>* out = entries;
@@ -154,9 +155,10 @@ void list_tiles(const WeightGradParams<T>& p, int64_t begin, int64_t end, int64_
       }
       // Counting sort by class.
       GatherEntry<T>* const unsorted = scratch.unsorted.data();
-      uint8_t* const classes = scratch.classes.data();
+      uint16_t* const classes = scratch.classes.data();
       const int64_t count = list_channel(p, bounds, channel, at, unsorted, classes) - unsorted;
-      int64_t next[256] = {};
+      int64_t* const next = scratch.next.data();
+      std::fill_n(next, p.class_count, int64_t{0});
       for (int64_t i = 0; i < count; ++i) ++next[classes[i]];
       int64_t position = out - entries;
       for (int64_t k = 0; k < p.class_count; ++k) {

@@ -10,6 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 namespace swat::cpu {
 namespace {
@@ -42,23 +45,36 @@ char* map(size_t bytes) {
   return begin;
 }
 
-// The second number of the file counts pages.
-size_t resident_bytes() {
-  static const int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
-  char text[64];
-  const ssize_t length = file < 0 ? -1 : pread(file, text, sizeof(text) - 1, 0);
-  if (length <= 0) return 0;
-  text[length] = '\0';
-  const char* const pages = std::strchr(text, ' ');
-  return pages == nullptr ? 0 : std::strtoull(pages, nullptr, 10) * kPage;
+constexpr const char* kVariable = "SWAT_CPU_CACHE";
+
+// Whether the variable leaves the cache on.
+bool wanted() {
+  const char* const value = std::getenv(kVariable);
+  const std::string_view text = value == nullptr ? "" : value;
+  if (text != "" && text != "0" && text != "1") {
+    throw std::invalid_argument(std::string(kVariable).append(": expected 0 or 1, got '").append(text).append("'"));
+  }
+  return text != "0";
 }
 
 }  // namespace
 
+// Opened anew each time: a descriptor kept would name the parent after fork(), and a daemon closes what it did not open.
+size_t resident_bytes() {
+  const int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  char text[64];
+  const ssize_t length = read(file, text, sizeof(text) - 1);
+  close(file);
+  if (length <= 0) return 0;
+  text[length] = '\0';
+  const char* const pages = std::strchr(text, ' ');  // the second number counts pages
+  return pages == nullptr ? 0 : std::strtoull(pages, nullptr, 10) * kPage;
+}
+
 BlockCache* BlockCache::shared() {
   static BlockCache* const cache = [] {
-    const char* const wanted = std::getenv("SWAT_CPU_CACHE");
-    if (wanted != nullptr && std::strcmp(wanted, "0") == 0) return static_cast<BlockCache*>(nullptr);
+    if (!wanted()) return static_cast<BlockCache*>(nullptr);
     pthread_atfork([] { shared()->lock(); }, [] { shared()->unlock(); }, [] { shared()->unlock(); });
     return new BlockCache(resident_bytes);
   }();
@@ -130,6 +146,10 @@ size_t BlockCache::drop_oldest_large() noexcept {
 // it may grow before it is looked at again, by tensors of PyTorch's own, which come in the same sizes.
 void BlockCache::make_room(size_t bytes) noexcept {
   size_t resident = resident_ == nullptr ? 0 : resident_();
+  if (resident == 0) {
+    while (!large_.empty()) drop_oldest_large();
+    return;
+  }
   needed_ = std::max(needed_, resident - std::min(resident, cached_ + large_cached_));
   while (!large_.empty() && (resident + bytes + large_.front().bytes > needed_ ||
                              used_ + bytes + cached_ + large_cached_ > std::max(peak_, used_ + bytes))) {

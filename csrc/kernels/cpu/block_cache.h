@@ -18,6 +18,9 @@
 
 namespace swat::cpu {
 
+// Bytes of this process in memory, 0 if unknown.
+size_t resident_bytes();
+
 class BlockCache {
  public:
   // Smaller blocks are not worth a mapping of their own.
@@ -33,7 +36,8 @@ class BlockCache {
     size_t used, cached, peak;  // bytes in blocks, bytes freed and kept, most bytes ever in blocks
   };
 
-  // One for the process, and never destroyed: tensors may outlive everything else. Null where SWAT_CPU_CACHE is 0.
+  // One for the process, and never destroyed: tensors may outlive everything else. Null where SWAT_CPU_CACHE is 0; throws
+  // std::invalid_argument, saying what it may be, until it is 0, 1 or unset.
   static BlockCache* shared();
 
   // Without `resident`, or where it knows nothing, large blocks go back to the system as they are freed.

@@ -143,6 +143,9 @@ template <typename T>
 using TapKernel = void (*)(const T* grad, const GatherEntry<T>* entry, const GatherEntry<T>* end, const TapRun& run,
                            T* out);
 
+// Classes that a pixel's 16 bits can name.
+inline constexpr int64_t kMostTapClasses = 1 << 16;
+
 // Activations whose coordinates agree modulo the stride meet the same taps: runs [begin, end).
 struct TapClass {
   int32_t run_begin, run_end;
@@ -158,8 +161,8 @@ struct WeightGradParams {
   int64_t tiles_n, tiles_h, tiles_w;
   int64_t origin_row, origin_column;  // first dy pixel that tile (0, 0) meets
   int64_t grad_rows, grad_columns;    // dy pixels that one sample of a tile meets
-  const int32_t* pixel;        // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
-  const uint8_t* pixel_class;  // the same, class of the pixel
+  const int32_t* pixel;         // [tile_rows * stride_height, tile_columns * stride_width] position in the dy tile
+  const uint16_t* pixel_class;  // the same, class of the pixel
   const TapRun* runs;
   const TapKernel<T>* kernels;  // of each run
   const TapClass* classes;

@@ -16,10 +16,10 @@ struct WeightGradScratch {
   Buffer<T> sums;                        // [channel][tap][vectors * lanes], where they do not go to `partial`
   Buffer<GatherEntry<T>> entries;        // lists of a batch of tiles
   Buffer<GatherEntry<T>> unsorted;       // one list before it is split by class
-  Buffer<uint8_t> classes;               // of those
+  Buffer<uint16_t> classes;              // of those
   Buffer<int64_t> starts;                // [tile][channel][class] + 1
   std::vector<PackedCursor<T>> cursors;  // of each channel
-  std::vector<int64_t> next;             // where each channel's list goes on
+  std::vector<int64_t> next;             // where each channel's, or each class's, list goes on
 };
 
 // Each works on a range [begin, end) of what it is said to count; the bodies' files say the rest.

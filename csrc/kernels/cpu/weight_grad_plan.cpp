@@ -133,7 +133,7 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   if (plan.classes.size() > 1) {
     for (int64_t r = 0; r < plan.tile_rows * g.stride_height; ++r) {
       for (int64_t c = 0; c < plan.tile_columns * g.stride_width; ++c) {
-        plan.pixel_class.push_back(static_cast<uint8_t>(r % g.stride_height * g.stride_width + c % g.stride_width));
+        plan.pixel_class.push_back(static_cast<uint16_t>(r % g.stride_height * g.stride_width + c % g.stride_width));
       }
     }
   }

@@ -15,7 +15,7 @@ struct WeightGradPlan {
   int64_t origin_row = 0, origin_column = 0;
   int64_t grad_rows = 1, grad_columns = 1;
   std::vector<int32_t> pixel;
-  std::vector<uint8_t> pixel_class;
+  std::vector<uint16_t> pixel_class;
   std::vector<TapRun> runs;
   std::vector<TapClass> classes;
   int64_t batch_tiles = 1, listed_tiles = 1;

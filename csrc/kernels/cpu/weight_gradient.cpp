@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "convolution.h"
@@ -28,8 +29,10 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   ConvGeometry g = geometry;
   ImageView<const T> grad_output = output;
   join_pixels(g, grad_output);
-  if (g.stride_height * g.stride_width > 255) {
-    throw std::invalid_argument("stride: the weight gradient takes strides whose product is at most 255");
+  if (g.stride_height > kMostTapClasses / g.stride_width) {
+    throw std::invalid_argument("stride: the weight gradient takes strides whose product is at most " +
+                                std::to_string(kMostTapClasses) + ", got [" + std::to_string(g.stride_height) + ", " +
+                                std::to_string(g.stride_width) + "]");
   }
   const int64_t weights = g.out_channels * g.group_in() * g.taps();
   if (input.numel == 0) {
