@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         common.write_json(options.out, result)
         options.out.with_suffix(".md").write_text(
             f"ResNet-18 at {options.width} of its width, {options.sparsity:.0%} sparse, {options.epochs} epochs, "
-            f"{options.seeds} seeds, batch {options.batch}\n\n{table(result)}\n"
+            f"{options.seeds} seeds, batch {options.batch}\n\n{common.describe([result])}\n\n{table(result)}\n"
         )
         plot(result, options.out.with_suffix(".png"))
     return result

@@ -5,10 +5,13 @@ Interleaved, by medians, against the faster dense layout, never on zeros, and wi
 
 import argparse
 import dataclasses
+import datetime
+import functools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +52,12 @@ class Timing:
         return min(self.samples)
 
     def to_dict(self) -> dict[str, float | int]:
-        return {"median_ms": self.median, "best_ms": self.best, "rounds": len(self.samples)}
+        return {
+            "median_ms": self.median,
+            "best_ms": self.best,
+            "most_ms": max(self.samples),
+            "rounds": len(self.samples),
+        }
 
 
 def interleaved(
@@ -105,9 +113,37 @@ def _cpu_model() -> str:
     return named[0] if named else platform.machine()
 
 
+@functools.cache
+def commit() -> str | None:
+    """Short hash of the commit that is checked out, "+" after it if tracked files differ outside bench/results.
+
+    None outside a repository, or without git. Asked once: a later commit does not change what is loaded already.
+    """
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def today() -> str:
+    """The day by UTC, as 2026-01-31."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def conditions() -> dict[str, Any]:
-    """The machine and the software that a result holds for."""
+    """The machine and the software that a result holds for, and when it was measured."""
     return {
+        "commit": commit(),
+        "date": today(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -200,10 +236,22 @@ def default_out(name: str) -> Path:
     return Path(__file__).parent / "results" / f"{name}.json"
 
 
-def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """The distinct conditions of ``rows`` in one line each, the load aside."""
-    lines = {
-        ", ".join(f"{name}: {value}" for name, value in row["conditions"].items() if name != "load_before"): None
-        for row in rows
-    }
-    return "\n".join(lines)
+def describe(rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str] | None = None) -> str:
+    """The distinct conditions of ``rows`` in a line each, the load aside, then the commits that they were measured at.
+
+    Args:
+        rows: each with its "conditions".
+        label: what to call a row where not all are of one commit and day; without it those are listed alone.
+    """
+    aside = ("load_before", "commit", "date")
+    machines: dict[str, None] = {}
+    builds: dict[str, dict[str, None]] = {}
+    for row in rows:
+        found = row["conditions"]
+        machines[", ".join(f"{name}: {value}" for name, value in found.items() if name not in aside)] = None
+        build = f"commit: {found.get('commit') or 'not noted'}"
+        build += f", date: {found['date']}" if "date" in found else ""
+        builds.setdefault(build, {})[label(row) if label is not None else ""] = None
+    several = label is not None and len(builds) > 1
+    lines = [build + (f" ({'; '.join(labels)})" if several else "") for build, labels in builds.items()]
+    return "\n".join([*machines, *lines])

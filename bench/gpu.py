@@ -6,7 +6,6 @@ in medians of CUDA events; dense convolutions are timed in both layouts and the 
 
 import argparse
 import contextlib
-import datetime
 import re
 import statistics
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import markdown, percentages, write_json
+from common import commit, markdown, percentages, today, write_json
 from torch import Tensor, nn
 
 import swat_ext
@@ -188,7 +187,8 @@ def bench_step(precision: str, sparsity: float | None, batch: int, steps: int = 
 
 
 def tables(result: dict[str, Any]) -> str:
-    parts = [f"# {result['gpu']}\n\n{result['date']}, torch {result['torch']}, CUDA {result['cuda']}\n"]
+    built = f"commit {result['commit'] or 'not noted'}, {result['date']}"
+    parts = [f"# {result['gpu']}\n\n{built}, torch {result['torch']}, CUDA {result['cuda']}\n"]
     for key in ("forward", "input grad", "weight grad"):
         names = [name for name in result["layers"][0][key] if name != "dense"] if result["layers"] else []
         rows = [
@@ -247,7 +247,8 @@ def main() -> None:
     gpu = torch.cuda.get_device_name()
     result: dict[str, Any] = {
         "gpu": gpu,
-        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "date": today(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

@@ -48,6 +48,15 @@ _PERIOD = 10
 # A batch is the largest once the next one known not to fit is within this share of it.
 _PRECISION = 0.02
 _MOST_PROBES = 10
+# What CUDA and the system say, PyTorch's CPU allocator, this library, C++ and Python.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "MemoryError",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +179,15 @@ def _spawn(case: Case) -> dict[str, Any] | None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    killed = done.returncode in (-9, 137)
-    if killed or "out of memory" in done.stderr or "can't allocate memory" in done.stderr:
+    if ran_out_of_memory(done.returncode, done.stderr):
         return None
     raise RuntimeError(f"{case.model}, {case.label}, batch {case.batch}: exit status {done.returncode}\n{done.stderr}")
+
+
+def ran_out_of_memory(status: int, errors: str) -> bool:
+    """Whether a process that ended with ``status`` and wrote ``errors`` had too little memory."""
+    killed = status in (-9, 137)
+    return killed or any(message in errors for message in _OUT_OF_MEMORY)
 
 
 def largest(peak_of: Callable[[int], int | None], limit: int, start: int) -> int:

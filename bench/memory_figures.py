@@ -89,7 +89,7 @@ def report(rows: Sequence[_Row]) -> str:
         [
             "# Memory of training",
             "",
-            common.describe(rows),
+            common.describe(rows, lambda row: f"{row['title']}, batch {row['batch']}, {row['allocator']}"),
             "",
             f"held: for the backward pass, parameters and images aside. idle, ready, peak ({device}): before the",
             "model is built, after its first small step, and the most during the steps. growth: peak less idle, so",

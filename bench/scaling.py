@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 import torch
-from layers import Layer, dense_calls, swat_calls, tensors_of
+from layer_calls import Layer, dense_calls, swat_calls, tensors_of
 from paper_networks import names, positives
 from tqdm import tqdm
 
@@ -74,7 +74,7 @@ def _show(axis: str, value: Any) -> str:
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """A table for each axis, in Markdown."""
-    lines = ["# Scaling of a 3x3 convolution", "", common.describe(rows)]
+    lines = ["# Scaling of a 3x3 convolution", "", common.describe(rows, lambda row: row["axis"])]
     for axis in AXES:
         chosen = [row for row in rows if row["axis"] == axis]
         if not chosen:

@@ -214,8 +214,15 @@ def measure(
         "dense_layout": layout,
         "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "ratios": {name: fastest / timings[name].median for name in sparse},
+        "ratio_ranges": {name: _range(timings[f"dense {layout}"], timings[name]) for name in sparse},
         "breakdown": parts,
     }
+
+
+def _range(dense: common.Timing, sparse: common.Timing) -> list[float]:
+    """The least and the most of the ratios of single rounds."""
+    ratios = [one / other for one, other in zip(dense.samples, sparse.samples, strict=True)]
+    return [min(ratios), max(ratios)]
 
 
 def _label(sparsity: float, batchnorm: str) -> str:
@@ -225,16 +232,16 @@ def _label(sparsity: float, batchnorm: str) -> str:
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """The tables, in Markdown."""
     labels = list(dict.fromkeys(label for row in rows for label in row["ratios"]))
-    header = ["network", "batch", "freed memory", "dense ms", "layout", *labels]
+    header = ["network", "batch", "freed memory", "dense ms", "least to most", "layout", *labels]
     lines: list[list[object]] = []
     for row in rows:
-        dense = row["timings"][f"dense {row['dense_layout']}"]["median_ms"]
-        cells = [
-            f"{row['timings'][label]['median_ms']:.0f} ({ratio:.2f}x)" if ratio else "-"
-            for label in labels
-            for ratio in [row["ratios"].get(label)]
-        ]
-        lines.append([row["title"], row["batch"], row["allocator"], f"{dense:.0f}", row["dense_layout"], *cells])
+        dense = row["timings"][f"dense {row['dense_layout']}"]
+        cells = [_cell(row, label) if label in row["ratios"] else "-" for label in labels]
+        # Rows of one round have no spread, and older files hold none.
+        several = dense["rounds"] > 1 and "most_ms" in dense
+        spread = f"{dense['best_ms']:.0f}-{dense['most_ms']:.0f}" if several else "-"
+        start = [row["title"], row["batch"], row["allocator"], f"{dense['median_ms']:.0f}", spread, row["dense_layout"]]
+        lines.append([*start, *cells])
     parts = [
         [row["title"], row["batch"], name, *(f"{part[category]:.0f}" for category in CATEGORIES)]
         for row in _usual(rows)
@@ -244,9 +251,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         [
             "# Whole training steps",
             "",
-            common.describe(rows),
+            common.describe(rows, lambda row: f"{row['title']}, batch {row['batch']}, {row['allocator']}"),
             "",
-            "Milliseconds a step, and how many times as fast as dense PyTorch in its faster layout:",
+            "Milliseconds a step, and how many times as fast as dense PyTorch in its faster layout; medians of",
+            "rounds, and where there are several the least and the most of a round:",
             "",
             common.markdown(header, lines),
             "",
@@ -256,6 +264,16 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             "",
         ]
     )
+
+
+def _cell(row: dict[str, Any], label: str) -> str:
+    """The time of a sparse run, its ratio, and the least and most ratio of a round where there were several."""
+    timing = row["timings"][label]
+    ratio = f"{row['ratios'][label]:.2f}x"
+    if timing["rounds"] > 1 and label in row.get("ratio_ranges", {}):
+        least, most = row["ratio_ranges"][label]
+        ratio += f", {least:.2f}-{most:.2f}"
+    return f"{timing['median_ms']:.0f} ({ratio})"
 
 
 def _usual(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,11 +20,12 @@ from torch import nn
 from swat_ext import _C
 from swat_ext.config import SWATConfig
 from swat_ext.data import Data, Textures
+from swat_ext.memory import profile_memory
 from swat_ext.models import resnet18
 from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.table import human_bytes, human_count, render
-from swat_ext.training import RECIPES, Diverged, Recipe, Trainer, saved_bytes
+from swat_ext.training import RECIPES, Diverged, Recipe, Trainer
 from swat_ext.training.figure import draw
 
 __all__ = ["Comparison", "Outcome", "compare", "main"]
@@ -52,7 +53,7 @@ class Outcome:
         test_accuracy: after the last epoch, in [0, 1].
         flops: training FLOPs of all steps, convolutions and classifier.
         step_ms: median milliseconds of a step: forward, backward and update.
-        held_bytes: bytes held between a step's forward and backward, parameters and buffers aside.
+        held_bytes: bytes held between a step's forward and backward; parameters, buffers and images aside.
         losses: training loss (nats) of each step.
         seconds: of all steps, at the end of each epoch.
         test_accuracies: at the end of each epoch.
@@ -127,10 +128,9 @@ def _held_bytes(model: nn.Module, data: Data, recipe: Recipe, layout: torch.memo
     model = copy.deepcopy(model).train()
     images, labels = next(data.train_batches(recipe.batch_size, seed=SEED, epoch=0))
     images = images.contiguous(memory_format=layout)
-    return saved_bytes(
-        lambda: nn.functional.cross_entropy(model(images), labels),
-        exclude=[*model.parameters(), *model.buffers(), labels],
-    )
+    with profile_memory(model, dense=False) as profile:
+        nn.functional.cross_entropy(model(images), labels)
+    return profile.held_bytes
 
 
 def _faster_layout(model: nn.Module, data: Data, recipe: Recipe) -> str:

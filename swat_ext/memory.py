@@ -1,24 +1,21 @@
 """What a model holds for the backward pass, layer by layer, and the peak of memory, as measured."""
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from swat_ext.modules import SWATLayer
-from swat_ext.modules.around import become_plain, is_around_form
+from swat_ext.memory_rows import ModelCall, dense_rows, held_rows, with_dense
 from swat_ext.peak import Peak, device_of
-from swat_ext.saved import OUTSIDE, SavedRecorder, Saver, tensors_in
-from swat_ext.shapes import copy_model, on_meta
-from swat_ext.sparsify import to_dense
+from swat_ext.saved import SavedRecorder, tensors_in
+from swat_ext.shapes import copy_model
 from swat_ext.table import human_bytes, render
 
-__all__ = ["LayerMemory", "MemoryProfile", "held_by_kind", "profile_memory"]
+__all__ = ["LayerMemory", "MemoryProfile", "profile_memory"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class MemoryProfile:
         model: name of the model's class.
         layers: a row for each module that holds something, or would if it were dense, in the order of their forwards.
         held_bytes: the sum of the rows.
+        held_note: "" unless something that is held may be missing, and then why.
         dense_bytes: what the dense network would hold; None where not known, see ``dense_note``.
         dense_note: how ``dense_bytes`` was found, or why it is None.
         peak_bytes: the most memory inside the block: resident memory of this process (sampled), or on CUDA what
@@ -59,6 +57,7 @@ class MemoryProfile:
     model: str
     layers: tuple[LayerMemory, ...]
     held_bytes: int
+    held_note: str
     dense_bytes: int | None
     dense_note: str
     peak_bytes: int | None
@@ -68,7 +67,7 @@ class MemoryProfile:
     def __init__(self, model: nn.Module, *, dense: bool = True) -> None:
         self._model: nn.Module | None = model
         self._dense = dense
-        self._calls: list[_ModelCall] = []
+        self._calls: list[ModelCall] = []
         self._peak: Peak | None = None
         self._recorder: SavedRecorder | None = None
         self._state = "was not entered: use it in a with statement"
@@ -85,7 +84,12 @@ class MemoryProfile:
             raise RuntimeError("profile_memory: a profile is of one block; call profile_memory again for another")
         self._state = "is not complete before its with block is left"
         self._peak = Peak(device_of(self._model))
-        self._recorder = SavedRecorder(self._model, on_call=self._note_call, on_progress=self._peak.sample)
+        self._recorder = SavedRecorder(
+            self._model,
+            meta=any(parameter.is_meta for parameter in self._model.parameters()),
+            on_call=lambda args, kwargs: self._calls.append(ModelCall.of(args, kwargs)),
+            on_progress=self._peak.sample,
+        )
         self._peak.start()
         try:
             self._recorder.__enter__()
@@ -110,24 +114,18 @@ class MemoryProfile:
         if not recorder.calls:
             self._state = "has no results: no forward ran in its with block"
             raise RuntimeError("profile_memory: no forward of model or of a part of it ran in the with block")
-        rows = _rows(model, recorder)
-        held = {row: found.nbytes for row, found in rows.items()}
-        dense, self.dense_note = None, "not asked for"
-        if self._dense:
-            dense, self.dense_note = _dense_rows(model, [calls[number] for number in recorder.held_calls], held)
+        rows = held_rows(model, recorder)
+        dense, self.dense_note = dense_rows(model, recorder, calls, rows) if self._dense else (None, "not asked for")
         self.model, self.device = type(model).__name__, peak.device.type
         self.layers = tuple(
             LayerMemory(row[0], found.kind, found.calls, found.nbytes, None if dense is None else dense.get(row, 0))
-            for row, found in _with_dense(model, recorder, rows, dense or {}).items()
+            for row, found in with_dense(model, recorder, dict(rows), dense or {}).items()
             if found.nbytes or (dense or {}).get(row)
         )
-        self.held_bytes = sum(held.values())
+        self.held_bytes = sum(found.nbytes for found in rows.values())
+        self.held_note = _HOOKS_INSIDE if recorder.hooks_inside else ""
         self.dense_bytes = None if dense is None else sum(dense.values())
         self.peak_bytes, self.start_bytes = peak.most, peak.first
-
-    def _note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-        self._calls.append(_ModelCall(_shapes_alone(args), _shapes_alone(kwargs), torch.is_grad_enabled(), autocast))
 
     # --- What it says
 
@@ -178,6 +176,7 @@ class MemoryProfile:
                 "",
                 peak,
                 f"dense: {self.dense_note}.",
+                *([f"held: {self.held_note}."] if self.held_note else []),
                 "held: whole storages that autograd keeps, once each, under the module that saved them first.",
                 "Parameters, buffers and the input are not counted, nor are gradients and the optimizer's state.",
             ]
@@ -242,11 +241,14 @@ def profile_memory(
     Args:
         model: any module, sparse or not, in the mode (training or evaluation) in which it is to be measured.
         input: the tensor that ``model`` takes, or the sequence of its arguments; None to use the context manager.
-        dense: also find what the dense network would hold: :func:`swat_ext.to_dense` of the model with plain ReLUs, run
-            on shapes alone, so that it needs no memory. False leaves every ``dense_bytes`` None.
+        dense: also find what the dense network would hold: a copy with plain ``torch.nn`` layers and without values,
+            run on shapes alone, so that it needs no memory. False leaves every ``dense_bytes`` None. So does a part of
+            the model that is called on its own in the block: the dense network is run by calls of the whole.
 
     Returns:
-        :class:`MemoryProfile`. Nothing is held without gradients: under ``torch.no_grad()`` its rows are empty.
+        :class:`MemoryProfile`. Nothing is held without gradients: under ``torch.no_grad()`` its rows are empty. What is
+        saved within a block of ``torch.autograd.graph.saved_tensors_hooks`` inside, such as ``save_on_cpu``, goes to
+        its hooks alone and is not counted; ``held_note`` then says so.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -277,121 +279,9 @@ def profile_memory(
     return profile
 
 
-def held_by_kind(
-    model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, ignore: Callable[[nn.Module], bool]
-) -> dict[str, tuple[int, int]] | None:
-    """What modules other than the ignored ones hold in a training step, found on shapes alone.
-
-    Args:
-        model: it is not changed.
-        input_size, dtype: of the one tensor that it takes.
-        ignore: whether to pass a module of the copy that runs over.
-
-    Returns:
-        For each kind of row, most bytes first: rows, bytes. None if the model does not run on shapes alone.
-    """
-    try:
-        twin = copy_model(model, on_meta).train()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), SavedRecorder(twin, ignore=ignore) as recorder:
-            result = twin(torch.empty(list(input_size), dtype=dtype, device="meta"))
-    except Exception:  # on shapes alone a model may fail in any way
-        return None
-    del result
-    kinds: dict[str, tuple[int, int]] = {}
-    for found in _rows(twin, recorder).values():
-        count, total = kinds.get(found.kind, (0, 0))
-        kinds[found.kind] = (count + 1, total + found.nbytes)
-    return dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
-
-
-# --- Rows
-
-# The name of a module, and the function called in its own forward if it is a container.
-_Row = tuple[str, str]
-
-
-class _Found(NamedTuple):
-    kind: str
-    calls: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _ModelCall:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    grad: bool
-    autocast: bool
-
-
-def _rows(model: nn.Module, recorder: SavedRecorder) -> dict[_Row, _Found]:
-    """What was found of each row, in the order of the modules' first forwards."""
-    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    order: dict[nn.Module | None, int] = {module: place for place, module in enumerate(recorder.calls)}
-    rows: dict[_Row, _Found] = {}
-    for saver, nbytes in sorted(recorder.held.items(), key=lambda item: order.get(item[0].module, len(order))):
-        module = saver.module
-        if module is None:
-            rows[OUTSIDE, saver.function] = _Found(_kind(saver), 0, nbytes)
-        else:
-            rows[names.get(module, "?"), saver.function] = _Found(_kind(saver), recorder.calls.get(module, 0), nbytes)
-    return rows
-
-
-def _with_dense(
-    model: nn.Module, recorder: SavedRecorder, rows: dict[_Row, _Found], dense: dict[_Row, int]
-) -> dict[_Row, _Found]:
-    """``rows``, and those that only the dense network has, in the order of the modules' first forwards."""
-    modules = dict(model.named_modules())
-    order = {module: place for place, module in enumerate(recorder.calls)}
-    for row in dense:
-        if row not in rows and row[0] in modules:
-            module = modules[row[0]]
-            rows[row] = _Found(_kind(Saver(module, row[1])), recorder.calls.get(module, 0), 0)
-    places = {name: order.get(module, len(order)) for name, module in modules.items()}
-    return dict(sorted(rows.items(), key=lambda item: places.get(item[0][0], len(order))))
-
-
-def _kind(saver: Saver) -> str:
-    module, function = saver
-    if module is None or any(True for _ in module.children()):
-        return f"{function} (functional)" if function else "(functional)"
-    return type(module).__name__
-
-
-def _dense_rows(model: nn.Module, calls: list[_ModelCall], held: dict[_Row, int]) -> tuple[dict[_Row, int] | None, str]:
-    """What each row would hold if the network were dense, or None, and how that was found."""
-    sparse = any(isinstance(module, SWATLayer) for module in model.modules())
-    if not sparse and not any(is_around_form(module) for module in model.modules()):
-        return dict(held), "the model is dense"
-    if any(call.autocast for call in calls):
-        return None, "not known under autocast"
-    outside = {row: nbytes for row, nbytes in held.items() if row[0] == OUTSIDE}
-    try:
-        twin = to_dense(model) if sparse else copy.copy(model)
-        twin = copy_model(twin, on_meta)
-        for module in twin.modules():
-            become_plain(module)
-        with torch.random.fork_rng(devices=[]), SavedRecorder(twin) as recorder:
-            results = []
-            for call in calls:
-                with torch.set_grad_enabled(call.grad):
-                    results.append(twin(*call.args, **call.kwargs))
-    except Exception as error:  # on shapes alone a model may fail in any way
-        return None, f"not known, as the dense model does not run on shapes alone ({type(error).__name__}: {error})"
-    rows = {row: found.nbytes for row, found in _rows(twin, recorder).items()}
-    return rows | outside, "the same model with plain torch.nn layers, run on shapes alone"
-
-
-def _shapes_alone(value: Any) -> Any:
-    """``value`` with every tensor replaced by one without values."""
-    if isinstance(value, Tensor):
-        return on_meta(value.detach()).requires_grad_(value.requires_grad)
-    if isinstance(value, dict):
-        return {key: _shapes_alone(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_shapes_alone(item) for item in value)
-    return value
+_HOOKS_INSIDE = (
+    "without what was saved within other saved_tensors_hooks (such as save_on_cpu), which torch asks in place of these"
+)
 
 
 def _change(before: int, after: int) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 
 from swat_ext.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
 from swat_ext.functional import takes_again
-from swat_ext.memory import held_by_kind
-from swat_ext.modules import SWATLayer
+from swat_ext.memory_rows import HeldByKind, held_by_kind
+from swat_ext.modules import SWATConv2d, SWATLayer
 from swat_ext.ops import mask_words
 from swat_ext.shapes import Call, trace_calls
 from swat_ext.sparsify import LeftDense, Surveyed, survey
@@ -72,10 +72,11 @@ class Report:
         dense_flops, swat_flops: training FLOPs of the layers that can be counted, for one batch.
         dense_bytes: bytes that PyTorch's layers would hold for the backward pass; an input that several layers read
             counts once.
-        saved_bytes: bytes that the layers hold now.
-        outside: what holds tensors beside these layers in a training step: for each kind of module, or function called
-            by a container, how many and how many bytes. A tensor that a layer which is not sparse keeps too is in both.
-            None if the model does not run on shapes alone.
+        saved_bytes: bytes that the layers hold now; a packed input that several of them share counts once.
+        outside: what holds tensors beside these layers in a training step: for each kind of module how many and how
+            many bytes; for a function called by containers its calls, the bytes, and the names of those containers. A
+            tensor that a layer which is not sparse keeps too is in both. None if the model does not run in training
+            mode.
         Without ``input_size`` these five are None.
         parameter_bytes: bytes of all parameters, which stay dense.
         gradient_bytes: bytes of the gradients of those that have one; momentum takes as much again.
@@ -89,7 +90,7 @@ class Report:
     swat_flops: float | None
     dense_bytes: int | None
     saved_bytes: int | None
-    outside: dict[str, tuple[int, int]] | None
+    outside: dict[str, HeldByKind] | None
     parameter_bytes: int
     gradient_bytes: int
 
@@ -156,13 +157,13 @@ class Report:
 
     def _outside_lines(self) -> list[str]:
         if self.outside is None:
-            return ["Held by other modules: not known, as the model does not run on shapes alone."]
+            return ["Held by other modules: not known, as the model does not run in training mode."]
         if not self.outside:
             return ["Held by other modules: nothing."]
-        total = sum(nbytes for _, nbytes in self.outside.values())
+        total = sum(held.nbytes for held in self.outside.values())
         width = max(map(len, self.outside))
         return [f"Held by other modules, {human_bytes(total)}:"] + [
-            f"  {kind:<{width}}  {human_bytes(nbytes)} in {count}" for kind, (count, nbytes) in self.outside.items()
+            f"  {kind:<{width}}  {human_bytes(held.nbytes)} in {_where(held)}" for kind, held in self.outside.items()
         ]
 
     def _parameters_line(self) -> str:
@@ -170,12 +171,14 @@ class Report:
         return f"Dense as ever: parameters {weights}, their gradients {gradients}, momentum as much again."
 
 
+# Of the modules that call a function.
+_MOST_NAMES = 3
 _NO_SIZE = "Give input_size for FLOPs and bytes."
 _NOTES = (
     "weight, input: share of zeros in the weight and in the input kept for the weight gradient.",
     "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
     "held: kept by these layers from forward to backward, bits of the weights too, by their budget: exact zeros take",
-    "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the dense total.",
+    "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the totals.",
     "Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step.",
 )
 
@@ -215,10 +218,9 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None, *, dtype: 
     )
 
 
-def _outside(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, tuple[int, int]] | None:
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+def _outside(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, HeldByKind] | None:
     layers = tuple({type(layer.module) for layer in survey(model)})
-    return held_by_kind(model, size, dtype or next(floating, torch.float32), lambda module: isinstance(module, layers))
+    return held_by_kind(model, size, dtype, lambda module: isinstance(module, layers))
 
 
 def _check_size(input_size: object) -> tuple[int, ...]:
@@ -298,8 +300,27 @@ def _totals(
         sum(row.dense_flops or 0 for row in rows),
         sum(row.swat_flops or 0 for row in rows),
         sum(dense.values()),
-        sum(still_dense.values()) + sum(row.saved_bytes or 0 for row in rows if row.sparse),
+        sum(still_dense.values())
+        + sum(row.saved_bytes or 0 for row in rows if row.sparse)
+        - _shared_bytes(surveyed, rows, calls),
     )
+
+
+def _shared_bytes(surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]]) -> int:
+    """Bytes of packed inputs that the rows count again: convolutions that pack one tensor alike share the copy."""
+    seen: set[object] = set()
+    again = 0
+    for layer, row in zip(surveyed, rows, strict=True):
+        module = layer.module
+        # A linear layer packs a view, and one with a padding mode a tensor of its own.
+        if not isinstance(module, SWATConv2d) or module.padding_mode != "zeros" or not row.activation_bytes:
+            continue
+        for call in calls.get(layer.name, []):
+            key = (call.tensor, row.activation_sparsity, module.topk_period)
+            if key in seen:
+                again += packed_bytes(math.prod(call.input_size), row.activation_sparsity, call.itemsize)
+            seen.add(key)
+    return again
 
 
 def _saves_input(module: nn.Module) -> bool:
@@ -320,6 +341,17 @@ def _kind(module: nn.Module) -> str:
     if module.groups != 1:
         parts.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
     return ", ".join(parts)
+
+
+def _where(held: HeldByKind) -> str:
+    """How many modules, or how many calls of a function and by which modules."""
+    if not held.modules:
+        return str(held.number)
+    names = [name or "the model" for name in held.modules[:_MOST_NAMES]]
+    more = len(held.modules) - len(names)
+    return f"{held.number} call{'s' * (held.number != 1)}, by {', '.join(names)}" + (
+        f" and {more} more" if more else ""
+    )
 
 
 def _start(layer: LayerReport) -> tuple[str, str, str, str]:

@@ -1,6 +1,7 @@
 """What autograd holds for the backward pass, seen as it is saved and as it is let go, and which module saved it."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,6 +26,19 @@ class Saver(NamedTuple):
 
     module: nn.Module | None
     function: str
+
+
+class _Live(NamedTuple):
+    """A storage that is held: who saved it, its bytes, and in which call of the model and of a function.
+
+    ``call`` is -1 before the first call of the model, ``part`` is true where a module of it ran on its own.
+    """
+
+    saver: Saver
+    nbytes: int
+    call: int
+    part: bool
+    function_call: int
 
 
 class _Handle:
@@ -58,11 +72,16 @@ class _Functions(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before, self.recorder._function = self.recorder._function, getattr(func, "__name__", "")
+        recorder = self.recorder
+        before, recorder._function = recorder._function, getattr(func, "__name__", "")
+        recorder._function_calls += 1
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         finally:
-            self.recorder._function = before
+            recorder._function = before
+        if isinstance(result, Tensor) and result.requires_grad:
+            recorder._look_for_other_hooks()
+        return result
 
 
 class SavedRecorder:
@@ -70,10 +89,12 @@ class SavedRecorder:
 
     A storage counts from the first time that it is saved until the graph lets the last use of it go. Kept is the moment
     at which the most bytes were held. Parameters and buffers of ``model`` and the tensors that it is called with do not
-    count; neither does what is saved while a backward pass runs.
+    count; neither does what is saved while a backward pass runs, nor what is saved within another block of
+    ``torch.autograd.graph.saved_tensors_hooks`` (``save_on_cpu`` is one), which torch asks in place of this one.
 
     Args:
         model: its modules are told apart. They get hooks, removed at the end of the block.
+        meta: count tensors without values, on the meta device, and not those with values as is usual.
         ignore: saves made in the forward of a module for which this is true are passed over, as if they were not made.
         on_call: called with the arguments of each call of ``model`` itself, before it.
         on_progress: called after every forward of a module, for measurements of its own.
@@ -81,13 +102,18 @@ class SavedRecorder:
     Attributes:
         held: bytes of each saver, at the moment of the most.
         calls: forwards of each module that ran, in the order of their first start.
+        held_functions: for a function that a container called, how many calls of it held something at that moment.
         held_calls: the calls of ``model`` itself, counted from 0, that held something at the moment of the most.
+        held_parts: whether something was then held that a module of ``model`` saved outside any call of ``model``.
+        hooks_inside: whether other hooks took what was saved in a part of the block. Those of
+            ``torch.utils.checkpoint`` do not count: they hold nothing.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        meta: bool = False,
         ignore: Callable[[nn.Module], bool] | None = None,
         on_call: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
         on_progress: Callable[[], None] | None = None,
@@ -95,14 +121,19 @@ class SavedRecorder:
         self.model = model
         self.held: dict[Saver, int] = {}
         self.calls: dict[nn.Module, int] = {}
+        self.held_functions: dict[Saver, int] = {}
         self.held_calls: set[int] = set()
+        self.held_parts = False
+        self.hooks_inside = False
+        self._meta = meta
         self._ignore, self._on_call, self._on_progress = ignore, on_call, on_progress
         self._lock = threading.RLock()  # backward frees on a thread of its own where the device is not the CPU
         self._running: list[nn.Module] = []
         self._function = ""
+        self._function_calls = 0
         self._excluded: set[int] = set()
         self._inputs: list[Any] = []  # held, so that no other storage gets the address of one
-        self._live: dict[int, tuple[Saver, int, int]] = {}  # by storage: who saved it, its bytes, in which call
+        self._live: dict[int, _Live] = {}  # by storage
         self._uses: dict[int, int] = {}
         self._now = self._most = 0
         self._call = -1
@@ -168,8 +199,17 @@ class SavedRecorder:
         if module in self._running:
             while self._running.pop() is not module:
                 pass
+        if any(tensor.requires_grad for tensor in tensors_in(output)):
+            self._look_for_other_hooks()
         if self._on_progress is not None:
             self._on_progress()
+
+    def _look_for_other_hooks(self) -> None:
+        if self.hooks_inside or self._closed or not torch.is_grad_enabled() or _in_backward():
+            return
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack = hooks[0] if hooks else _pack
+        self.hooks_inside = pack is not _pack and getattr(pack, "__module__", "") != "torch.utils.checkpoint"
 
     def _exclude(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -184,7 +224,7 @@ class SavedRecorder:
         """Count a use of the tensor's storage; its key, or None if it does not count."""
         storage = _storage(tensor)
         module = self._running[-1] if self._running else None
-        if storage is None or storage._cdata in self._excluded:
+        if storage is None or storage._cdata in self._excluded or tensor.is_meta != self._meta:
             return None
         if module is not None and self._ignore is not None and self._ignore(module):
             return None
@@ -197,9 +237,14 @@ class SavedRecorder:
             if key not in self._live:
                 # A leaf is called what it is; in a container it matters what saved the tensor.
                 container = module is None or any(True for _ in module.children())
-                nbytes = storage.nbytes()
-                self._live[key] = (Saver(module, self._function if container else ""), nbytes, self._call)
-                self._now += nbytes
+                self._live[key] = _Live(
+                    Saver(module, self._function if container else ""),
+                    storage.nbytes(),
+                    self._call,
+                    module is not None and self.model not in self._running,
+                    self._function_calls,
+                )
+                self._now += storage.nbytes()
         return key
 
     def _release(self, key: int) -> None:
@@ -209,16 +254,20 @@ class SavedRecorder:
             self._uses[key] -= 1
             if not self._uses[key]:
                 self._keep_if_most()
-                self._now -= self._live.pop(key)[1]
+                self._now -= self._live.pop(key).nbytes
                 del self._uses[key]
 
     def _keep_if_most(self) -> None:
         if self._now > self._most:
             self._most = self._now
             live = list(self._live.values())
-            self.held, self.held_calls = {}, {call for _, _, call in live}
-            for saver, nbytes, _ in live:
-                self.held[saver] = self.held.get(saver, 0) + nbytes
+            self.held = {}
+            self.held_calls = {found.call for found in live if found.call >= 0 and not found.part}
+            self.held_parts = any(found.part for found in live)
+            for found in live:
+                self.held[found.saver] = self.held.get(found.saver, 0) + found.nbytes
+            calls = {(found.saver, found.function_call) for found in live if found.saver.function}
+            self.held_functions = dict(Counter(saver for saver, _ in calls))
 
 
 def _pack(tensor: Tensor) -> _Handle:

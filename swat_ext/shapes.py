@@ -3,12 +3,14 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "copy_model", "on_meta", "trace_calls"]
+__all__ = ["Call", "copy_model", "on_meta", "run_a_copy", "trace_calls"]
+
+_Result = TypeVar("_Result")
 
 _HOOK_REGISTRIES = (
     "_forward_hooks",
@@ -25,12 +27,14 @@ class Call(NamedTuple):
         input_size, output_size: shapes, batch included.
         itemsize: bytes of one element of the input.
         memory: the same number for inputs that share memory, such as one tensor that two layers read.
+        tensor: the same for inputs that are one tensor object, unchanged between the calls.
     """
 
     input_size: torch.Size
     output_size: torch.Size
     itemsize: int
     memory: int
+    tensor: tuple[int, int]
 
 
 def trace_calls(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype | None = None) -> dict[str, list[Call]]:
@@ -50,17 +54,32 @@ def trace_calls(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype 
     Raises:
         RuntimeError: the model did not run on such an input.
     """
+    return run_a_copy(model, input_size, dtype, _run)
+
+
+def run_a_copy(
+    model: nn.Module, input_size: Sequence[int], dtype: torch.dtype | None, run: Callable[[nn.Module, Tensor], _Result]
+) -> _Result:
+    """``run(copy, input)`` on the meta device, or if that fails on the values of a random input.
+
+    Args:
+        model, input_size, dtype: as in :func:`trace_calls`.
+        run: what to do with a copy of ``model`` and an input for it.
+
+    Raises:
+        RuntimeError: both failed; says so of ``input_size``.
+    """
     floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     device = floating[0].device if floating else torch.device("cpu")
     dtype = dtype or (floating[0].dtype if floating else torch.float32)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            return _run(copy_model(model, on_meta), torch.empty(list(input_size), dtype=dtype, device="meta"))
+            return run(copy_model(model, on_meta), torch.empty(list(input_size), dtype=dtype, device="meta"))
         except Exception:  # on shapes alone a model may fail in any way; the second try tells
             pass
         try:
             values = torch.randn(list(input_size), device=device) if dtype.is_floating_point else torch.zeros(())
-            return _run(copy_model(model), values.to(dtype).expand(list(input_size)).contiguous())
+            return run(copy_model(model), values.to(device, dtype).expand(list(input_size)).contiguous())
         except Exception as error:
             raise RuntimeError(
                 f"input_size: the model did not run on one {dtype} tensor of shape {tuple(input_size)}: {error}"
@@ -69,7 +88,7 @@ def trace_calls(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype 
 
 def _run(model: nn.Module, input: Tensor) -> dict[str, list[Call]]:
     calls: dict[str, list[Call]] = {}
-    alive: list[Any] = []  # inputs, so that no address stands for two of them
+    alive: list[Tensor] = []  # inputs, so that no address stands for two of them
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -77,9 +96,9 @@ def _run(model: nn.Module, input: Tensor) -> dict[str, list[Call]]:
             outputs = output if isinstance(output, (tuple, list)) else (output,)
             result = next((value for value in outputs if isinstance(value, Tensor)), None)
             if tensor is not None and result is not None:
-                storage = tensor.untyped_storage()
-                alive.append(storage)
-                call = Call(tensor.shape, result.shape, tensor.element_size(), storage._cdata)
+                alive.append(tensor)
+                memory, same = tensor.untyped_storage()._cdata, (id(tensor), tensor._version)
+                call = Call(tensor.shape, result.shape, tensor.element_size(), memory, same)
                 calls.setdefault(name, []).append(call)
 
         return hook

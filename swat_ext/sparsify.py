@@ -15,8 +15,9 @@ from swat_ext.config import SWATConfig
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 from swat_ext.modules.around import become_around, become_plain, has_around_form
 from swat_ext.modules.fusion import fuse_relus
+from swat_ext.shapes import copy_model, on_meta
 
-__all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "sparsify_", "survey", "to_dense"]
+__all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "dense_shapes", "sparsify_", "survey", "to_dense"]
 
 _SPARSE_CLASSES: dict[type[nn.Module], type[SWATLayer]] = {nn.Conv2d: SWATConv2d, nn.Linear: SWATLinear}
 # Layers that multiply by a matrix of weights, of a kind that has no sparse form here.
@@ -178,6 +179,20 @@ def to_dense(model: nn.Module) -> nn.Module:
         module.__dict__.pop(_REASON, None)
     del originals
     return dense
+
+
+def dense_shapes(model: nn.Module) -> nn.Module:
+    """The plain ``torch.nn`` form of ``model`` without values, on the meta device and without the user's hooks.
+
+    It needs no memory: no weight is copied, and none is selected. ``model`` is left as it is.
+    """
+    twin = copy_model(model, on_meta)
+    for module in list(twin.modules()):
+        if isinstance(module, SWATLayer):
+            # What the sparse layer set up stays on it, unread.
+            module.__class__ = module.dense_class  # type: ignore[assignment]
+        become_plain(module)
+    return twin
 
 
 def survey(model: nn.Module) -> Iterator[Surveyed]:

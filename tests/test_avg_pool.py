@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+from held import saved_bytes
 from torch import nn
 
 import swat_ext
 from swat_ext import SWATAvgPool2d, SWATConfig
-from swat_ext.training import saved_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
+from held import saved_bytes
 from networks import assert_same_state, batches, sgd, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swat_ext
 from swat_ext import SWATBatchNorm2d, SWATConfig
-from swat_ext.training import saved_bytes
 
 
 class Network(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from held import saved_bytes
 from networks import batches, sgd, small_network, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,6 @@ from swat_ext import (
     sparsify_,
     to_dense,
 )
-from swat_ext.training import saved_bytes
 
 FORMS = ("exact", "bf16", "int8")
 SETTINGS: list[dict[str, Any]] = [

@@ -8,11 +8,11 @@ import pytest
 import torch
 from checks import assert_identical
 from geometries import LAYOUTS, in_layout
+from held import saved_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swat_ext import SWATMaxPool2d
-from swat_ext.training import saved_bytes
 
 
 def _random_settings(rng: random.Random) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from held import saved_bytes
 from networks import assert_same_state, small_network, sparse_network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import swat_ext
 from swat_ext import MemoryProfile, SWATConfig, profile_memory, sparsify_
 from swat_ext.models import MODELS, build_model
-from swat_ext.training import saved_bytes
 
 SIZE = (4, 3, 8, 8)
 
@@ -342,27 +341,3 @@ def test_a_profile_is_read_after_its_block_and_used_once() -> None:
         pass
     with pytest.raises(AttributeError, match="colour"):
         _ = profile.colour
-
-
-def test_report_says_what_other_modules_hold_and_what_stays_dense() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU()
-    )
-    sparsify_(model, SWATConfig(0.9))
-    found = swat_ext.report(model, SIZE)
-    numel = 4 * 8 * 64
-    assert found.outside is not None
-    assert "SWATReLU" not in found.outside  # the BatchNorm before it finds the sign again
-    assert found.outside["GELU"] == (1, 4 * numel)
-    calls, held = found.outside["SWATBatchNorm2d"]
-    assert calls == 1
-    assert 4 * numel < held <= 4 * numel + 24 * 8  # and statistics of each channel
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
-    assert found.parameter_bytes == found.gradient_bytes == parameters
-    text = str(found)
-    assert "Held by other modules, 16." in text
-    assert "Dense as ever: parameters" in text
-    model[0].requires_grad_(False)
-    without = swat_ext.report(model)
-    assert without.outside is None
-    assert without.gradient_bytes == parameters - model[0].weight.nbytes - model[0].bias.nbytes  # type: ignore[union-attr]

@@ -32,7 +32,6 @@ from swat_ext.training import (
     load_checkpoint,
     recipe_for,
     save_checkpoint,
-    saved_bytes,
     write_log,
 )
 
@@ -184,21 +183,6 @@ def test_normalisation_is_not_decayed() -> None:
             assert id(parameter) not in decays
         else:
             assert decays[id(parameter)] == (0.0 if "bn" in name or "downsample.1" in name else 5e-4)
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
-def test_saved_bytes_counts_each_storage_once() -> None:
-    x = torch.randn(10, requires_grad=True)
-    weight = torch.randn(10, requires_grad=True)
-    assert saved_bytes(lambda: x.exp()) == 40
-    assert saved_bytes(lambda: x * weight) == 80
-    assert saved_bytes(lambda: x * weight, exclude=[weight]) == 40
-    assert saved_bytes(lambda: x.exp() * x.exp()) == 80
-    assert saved_bytes(lambda: (x * x) * x) == 80
-    # A view keeps all of its storage alive.
-    assert saved_bytes(lambda: torch.sin(x[:2])) == 40
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

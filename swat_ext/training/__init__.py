@@ -2,7 +2,6 @@
 
 from swat_ext.training.engine import Diverged, Trainer, evaluate
 from swat_ext.training.files import CHECKPOINT, LOG, load_checkpoint, save_checkpoint, write_log
-from swat_ext.training.memory import saved_bytes
 from swat_ext.training.recipe import RECIPES, Recipe, build_lr_scheduler, build_optimizer, recipe_for
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "load_checkpoint",
     "recipe_for",
     "save_checkpoint",
-    "saved_bytes",
     "write_log",
 ]

@@ -1,0 +1,103 @@
+"""report: what other modules hold, and packed inputs that several layers share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swat_ext
+from swat_ext import SWATConfig, profile_memory, sparsify_
+
+SIZE = (4, 3, 8, 8)
+
+
+def test_report_says_what_other_modules_hold_and_what_stays_dense() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU()
+    )
+    sparsify_(model, SWATConfig(0.9))
+    found = swat_ext.report(model, SIZE)
+    numel = 4 * 8 * 64
+    assert found.outside is not None
+    assert "SWATReLU" not in found.outside  # the BatchNorm before it finds the sign again
+    assert found.outside["GELU"] == (1, 4 * numel, ())
+    number, held, _ = found.outside["SWATBatchNorm2d"]
+    assert number == 1
+    assert 4 * numel < held <= 4 * numel + 24 * 8  # and statistics of each channel
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert found.parameter_bytes == found.gradient_bytes == parameters
+    text = str(found)
+    assert "Held by other modules, 16." in text
+    assert "Dense as ever: parameters" in text
+    model[0].requires_grad_(False)
+    without = swat_ext.report(model)
+    assert without.outside is None
+    assert without.gradient_bytes == parameters - model[0].weight.nbytes - model[0].bias.nbytes  # type: ignore[union-attr]
+
+
+class _Block(nn.Module):
+    """Two convolutions that read one tensor, and functions that no module stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.relu(self.conv(x)) + self.shortcut(x))
+
+
+class _Values(_Block):
+    """Looks at a value, so that it does not run on shapes alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum().item() < 1e9 else x
+
+
+def _sparse(model: nn.Module) -> nn.Module:
+    sparsify_(model, SWATConfig(0.8, skip=(), backend="sparse"))
+    return model
+
+
+def test_a_packed_copy_that_two_layers_share_counts_once_in_the_total() -> None:
+    size = (4, 8, 16, 16)
+    model = _sparse(_Block())
+    found = swat_ext.report(model, size)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with profile_memory(model) as profile:
+        model(x).sum().backward()
+    held = sum(layer.held_bytes for layer in profile.layers if layer.kind == "SWATConv2d")
+    conv, shortcut = found.layers
+    assert conv.activation_bytes == shortcut.activation_bytes
+    assert found.saved_bytes == held == (conv.saved_bytes or 0) + shortcut.weight_bytes
+
+
+def test_layers_that_select_differently_share_nothing() -> None:
+    model = _sparse(_Block())
+    model.shortcut.activation_sparsity = 0.5  # type: ignore[assignment, union-attr]
+    found = swat_ext.report(model, (4, 8, 16, 16))
+    assert found.saved_bytes == sum(layer.saved_bytes or 0 for layer in found.layers)
+
+
+def test_functions_are_counted_by_calls_and_named_by_who_calls_them() -> None:
+    numel = 4 * 8 * 64
+    found = swat_ext.report(_sparse(nn.Sequential(_Block(), _Block(), nn.Tanh())), (4, 8, 8, 8))
+    assert found.outside is not None
+    assert found.outside["relu (functional)"] == (4, 4 * 4 * numel, ("0", "1"))
+    assert found.outside["Tanh"] == (1, 4 * numel, ())
+    assert "relu (functional)  128 KiB in 4 calls, by 0, 1" in str(swat_ext.report(_sparse(_four()), (4, 8, 16, 16)))
+    alone = str(swat_ext.report(_sparse(_Block()), (4, 8, 8, 8)))
+    assert "in 2 calls, by the model" in alone
+
+
+def _four() -> nn.Module:
+    return nn.Sequential(_Block(), _Block())
+
+
+def test_a_model_that_needs_values_says_what_its_other_modules_hold() -> None:
+    size = (4, 8, 8, 8)
+    model = _sparse(_Values())
+    torch.manual_seed(1)
+    found = swat_ext.report(model, size)
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(1))
+    assert found.outside == swat_ext.report(_sparse(_Block()), size).outside
+    assert found.outside
+    assert "not known" not in str(found)
