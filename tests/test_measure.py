@@ -29,9 +29,9 @@ def _count(monkeypatch, times=None):
     measured = []
     real = measure._measure
 
-    def counted(problem, dtype, device):
+    def counted(layer, problem, dtype, device):
         measured.append(problem)
-        return dict(times) if times else real(problem, dtype, device)
+        return dict(times) if times else real(layer, problem, dtype, device)
 
     monkeypatch.setattr(measure, "_measure", counted)
     return measured
@@ -177,10 +177,10 @@ def test_packing_is_part_of_the_time(monkeypatch):
     packed = []
     real = measure.ops.select
     monkeypatch.setattr(measure.ops, "select", lambda *args: packed.append(args[0].shape) or real(*args))
-    problem = measure.problem_of(
-        torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3), ((1, 1), 1, (1, 1), 1), (1, 10), (1, 10), backward=True
-    )
-    steps = measure._steps(problem, torch.float32, CPU)
+    layer = _layer()
+    geometry = ((1, 1), 1, (1, 1), 1)
+    problem = measure.problem_of(torch.randn(2, 8, 6, 6), layer.weight, geometry, (1, 10), (1, 10), backward=True)
+    steps = measure._steps(layer, problem, torch.float32, CPU)
     for name, count in (("sparse", 2), ("dense", 2), ("pytorch", 0)):
         packed.clear()
         with torch.enable_grad():
@@ -203,7 +203,7 @@ def test_many_sizes_are_measured_a_few_times(monkeypatch):
 def test_beyond_those_the_nearest_decides(monkeypatch):
     monkeypatch.setattr(choices, "MOST_MEASUREMENTS", 2)
 
-    def by_size(problem, dtype, device):
+    def by_size(layer, problem, dtype, device):
         large = problem.input_size[2] > 16
         return {"sparse": 1.0 + large, "dense": 2.0 - large, "pytorch": 1.0}
 

@@ -185,7 +185,6 @@ class SWATLayer(nn.Module):
     def _backend_for(
         self,
         input: Tensor,
-        weight: Tensor,
         stride: Any = (1, 1),
         padding: Any = 0,
         dilation: Any = (1, 1),
@@ -197,13 +196,13 @@ class SWATLayer(nn.Module):
         """
         if self._backend == "auto" and can_measure(input):
             self._choice = self._choices.choose(
+                self,
                 input,
-                weight,
                 (stride, padding, dilation, groups),
                 self._weight_ratio,
                 self._activation_ratio,
                 # In training also without gradients: a checkpoint's two forwards must choose alike.
-                backward=weight.requires_grad and (self.training or torch.is_grad_enabled()),
+                backward=self.weight.requires_grad and (self.training or torch.is_grad_enabled()),
                 otherwise=self._choice,
             )
         return self._choice.backend

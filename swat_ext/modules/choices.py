@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from swat_ext.modules.backend import Choice
 from swat_ext.modules.measure import Key, Problem, environment, key_of, measured_choice, problem_of, remember
+
+if TYPE_CHECKING:
+    from swat_ext.modules.base import SWATLayer
 
 __all__ = ["MOST_MEASUREMENTS", "Choices"]
 
@@ -26,8 +29,8 @@ class Choices:
 
     def choose(
         self,
+        layer: "SWATLayer",
         input: Tensor,
-        weight: Tensor,
         geometry: tuple[Any, Any, Any, int],
         weight_ratio: tuple[int, int],
         activation_ratio: tuple[int, int],
@@ -35,7 +38,8 @@ class Choices:
         backward: bool,
         otherwise: Choice,
     ) -> Choice:
-        """The choice for this input, measured if need be; arguments as of :func:`problem_of` and ``otherwise``."""
+        """The choice for this input of ``layer``, measured if need be; other arguments as of :func:`problem_of`."""
+        weight = layer.weight
         like = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (input, weight)]
         call = (like, geometry, weight_ratio, activation_ratio, backward, environment(input.device))
         if self._last is not None and self._last[0] == call:
@@ -43,12 +47,12 @@ class Choices:
         problem = problem_of(input, weight, geometry, weight_ratio, activation_ratio, backward=backward)
         if problem is None:
             return otherwise
-        choice, lasting = self._choice_of(problem, input.dtype, input.device, otherwise)
+        choice, lasting = self._choice_of(layer, problem, input.dtype, input.device, otherwise)
         self._last = (call, choice) if lasting else None
         return choice
 
     def _choice_of(
-        self, problem: Problem, dtype: torch.dtype, device: torch.device, otherwise: Choice
+        self, layer: "SWATLayer", problem: Problem, dtype: torch.dtype, device: torch.device, otherwise: Choice
     ) -> tuple[Choice, bool]:
         """The choice, and whether it stands the next time."""
         key = key_of(problem, dtype, device)
@@ -57,7 +61,7 @@ class Choices:
         alike = [known for known in self._chosen if _without_size(known) == _without_size(key)]
         if len(alike) >= MOST_MEASUREMENTS:
             return self._chosen[min(alike, key=lambda known: _distance(known, key))], True
-        choice, measured = measured_choice(problem, dtype, device, otherwise)
+        choice, measured = measured_choice(layer, problem, dtype, device, otherwise)
         if measured is not None:
             self._chosen[key] = choice
         return choice, measured is not None

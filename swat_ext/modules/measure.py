@@ -1,7 +1,7 @@
 """The faster kernels of a layer, by measurement: ours, or PyTorch's on tensors unpacked for the moment.
 
-Both compute the same and save the same packed tensors. Each is timed over what a training step does with the layer:
-packing of weight and input, forward, both gradients, autograd. Left out is the selection of thresholds, of which a step
+Both compute the same and save the same packed tensors. Each is timed over all that a training step does with the layer:
+packing of weight and input, forward, both gradients, Python. Left out is the selection of thresholds, of which a step
 has one in ``topk_period``. Beside them PyTorch's own dense layer is timed, on an input in the same layout: no
 candidate, but what the choice says how it compares with.
 
@@ -10,35 +10,37 @@ change from run to run where they are close, and with it the rounding: ask for "
 must repeat bit for bit. A resumed run takes its choices from the checkpoint.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from swat_ext import _C, ops
 from swat_ext.arguments import padding_of_sides, prefers_channels_last
-from swat_ext.functional import takes_again
 from swat_ext.layout import memory_format
 from swat_ext.modules.backend import Choice
 from swat_ext.modules.selection import kept
 from swat_ext.modules.shared import has_identity
 
+if TYPE_CHECKING:
+    from swat_ext.modules.base import SWATLayer
+
 __all__ = ["Key", "Problem", "can_measure", "key_of", "measured_choice", "problem_of", "remember", "representative"]
 
 _ROUNDS = 5
 _WARMUPS = {"cpu": 1, "cuda": 2}
-# Rounds end once one backend takes this much longer: more of them would not turn it around.
-_CLEAR_ROUNDS, _CLEAR = 2, 1.3
+# Long rounds end once one backend takes this much longer: more of them would not turn it around.
+_CLEAR, _CLEAR_MILLISECONDS = 1.3, 50
 # A round lasts about so long or repeats so often: a few microseconds cannot be told apart by one call.
 _ROUND_MILLISECONDS, _MOST_REPEATS = 1.0, 10
 # On the CPU time grows evenly with the batch from here on, so that a part of it tells which backend is faster.
 _CPU_SAMPLES = 32
 _CPU_ROWS = 4096
-_NEVER = 2**62
 
 Key = tuple[Any, ...]
 
@@ -142,11 +144,12 @@ def remember(key: Key, choice: Choice) -> None:
 
 
 def measured_choice(
-    problem: Problem, dtype: torch.dtype, device: torch.device, otherwise: Choice
+    layer: "SWATLayer", problem: Problem, dtype: torch.dtype, device: torch.device, otherwise: Choice
 ) -> tuple[Choice, Key | None]:
     """The backend that was faster over a step, or with ``problem.backward`` False over forward alone.
 
     Args:
+        layer: whose steps to time; it is not changed.
         problem: shapes and numbers of elements kept.
         dtype: dtype that the layer computes in.
         device: a CPU or a CUDA device.
@@ -162,7 +165,7 @@ def measured_choice(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return otherwise, None
     try:
-        times = _measure(problem, dtype, device)
+        times = _measure(layer, problem, dtype, device)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -189,13 +192,13 @@ def _judged(times: dict[str, float]) -> Choice:
     return Choice(faster, f"measured: {both}: {speedup:.2g}x as fast as dense", speedup)
 
 
-def _measure(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def _measure(layer: "SWATLayer", problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Median milliseconds of "sparse", "dense" and "pytorch", interleaved; no "sparse" where its kernels refuse."""
     # Nothing of the caller's may see or change what runs here: modes, hooks on saved tensors, autocast.
     hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
     isolated = (_disable_current_modes(), torch.inference_mode(False), torch.autocast(device.type, enabled=False))
     with isolated[0], isolated[1], isolated[2], hooks, torch.set_grad_enabled(problem.backward):
-        return _medians(_steps(problem, dtype, device), device)
+        return _medians(_steps(layer, problem, dtype, device), device)
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -216,86 +219,72 @@ def _medians(steps: dict[str, Callable[[], object]], device: torch.device) -> di
     slowest = max(once for (once,) in samples.values())
     repeats = max(1, min(_MOST_REPEATS, int(_ROUND_MILLISECONDS / slowest))) if slowest else _MOST_REPEATS
     samples = {name: [] for name in samples}
-    for number in range(_ROUNDS):
+    spent = 0.0
+    for _ in range(_ROUNDS):
         for name, times in samples.items():
             times.append(timed(steps[name], device, repeats))
         ours = sorted(min(times) for name, times in samples.items() if name != "pytorch")
-        if number + 1 >= _CLEAR_ROUNDS and ours[-1] > _CLEAR * ours[0]:
+        spent += repeats * sum(times[-1] for times in samples.values())
+        if spent > _CLEAR_MILLISECONDS and ours[-1] > _CLEAR * ours[0]:
             break
     return {name: sorted(times)[(len(times) - 1) // 2] for name, times in samples.items()}
 
 
-def _steps(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What each contender does in a step, on random numbers."""
+def _steps(
+    layer: "SWATLayer", problem: Problem, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """What each contender does in a step, on random inputs and the layer's own weight."""
     generator = torch.Generator(device=device).manual_seed(0)
+    format = memory_format(problem.channels_last)
+    source = torch.randn(problem.input_size, generator=generator, dtype=dtype, device=device)
+    source = source.contiguous(memory_format=format)
+    if layer.weight.dim() == 2:  # a linear layer, whose rows are pixels
+        source = source[0, :, 0].t().contiguous()
 
-    def random(size: Sequence[int]) -> Tensor:
-        tensor = torch.randn(tuple(size), generator=generator, dtype=dtype, device=device)
-        return tensor.contiguous(memory_format=memory_format(problem.channels_last))
+    def step(twin: "SWATLayer", forward: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        grad: Tensor | None = None
 
-    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    input, weight = random(problem.input_size), random(problem.weight_size)
-    grad = random(ops.convolution_size(problem.input_size, problem.weight_size, *geometry[:3]))
-    for tensor in (input, weight):
-        tensor.requires_grad_(problem.backward)
-    pack_weight, pack_input = _packer(weight, problem.weight_keep, 0), _packer(input, problem.activation_keep, 1)
-    evaluated = None if problem.backward else pack_weight()  # evaluation keeps its packed weight
-
-    def ours(backend: str) -> Callable[[], object]:
         def run() -> None:
-            packed_weight = evaluated or pack_weight()
-            packed_input = pack_input() if problem.backward else (None, None)
-            packed = (*packed_weight, *packed_input)
-            retake = takes_again(weight)
-            output = ops.CONVOLUTIONS[backend](input, weight, None, *packed, *geometry, problem.channels_last, retake)
+            nonlocal grad
+            # A tensor of its own each time: what layers share of an input travels with it.
+            input = source.detach().requires_grad_(problem.backward)
+            output = forward(input)
             if problem.backward:
-                torch.autograd.grad(output, (input, weight), grad)
+                if grad is None:
+                    grad = torch.randn(output.shape, generator=generator, dtype=dtype, device=device)
+                    grad = torch.empty_like(output, requires_grad=False).copy_(grad)
+                torch.autograd.grad(output, (input, *twin.parameters()), grad)
 
         return run
 
-    return {"sparse": ours("sparse"), "dense": ours("dense"), "pytorch": _pytorch(problem, input, weight, grad)}
+    twins = {name: _twin(layer, problem, dtype, name) for name in ("sparse", "dense")}
+    steps = {name: step(twin, twin.forward) for name, twin in twins.items()}
+    dense = twins["dense"]
+    return {**steps, "pytorch": step(dense, functools.partial(dense.dense_class.forward, dense))}
 
 
-def _pytorch(problem: Problem, input: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], object]:
-    """A step of PyTorch's own layer on the same tensors."""
-    top, bottom, left, right = problem.padding
-    # A linear layer comes as one row of 1x1 pixels.
-    linear = problem.input_size[0] == problem.input_size[2] == 1 and problem.weight_size[2:] == (1, 1)
-    if linear:
-        input, grad = (tensor.detach()[0, :, 0].t().contiguous() for tensor in (input, grad))
-        weight = weight.detach()[:, :, 0, 0]
-        input.requires_grad_(problem.backward)
-        weight.requires_grad_(problem.backward)
-
-    def forward() -> Tensor:
-        if linear:
-            return torch.nn.functional.linear(input, weight)
-        even = top == bottom and left == right
-        padded = input if even else torch.nn.functional.pad(input, (left, right, top, bottom))
-        padding = (top, left) if even else (0, 0)
-        return torch.nn.functional.conv2d(
-            padded, weight, None, problem.stride, padding, problem.dilation, problem.groups
-        )
-
-    def run() -> None:
-        output = forward()
-        if problem.backward:
-            torch.autograd.grad(output, (input, weight), grad)
-
-    return run
-
-
-def _packer(tensor: Tensor, keep: int, slot: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Packs as a layer does in a step whose threshold is not yet due."""
-    source = tensor.detach()
-    threshold = torch.ops.swat_ext.kth_magnitude(source, keep)
-    clock = torch.full((ops.CLOCK_SIZE,), _NEVER, device="cpu")
-    clock[ops.CLOCK_STEPS], clock[ops.CLOCK_VERSION] = 0, -1
-
-    def pack() -> tuple[Tensor, Tensor]:
-        return ops.select(source, source, threshold, clock, slot, keep, 1)
-
-    return pack
+def _twin(layer: "SWATLayer", problem: Problem, dtype: torch.dtype, backend: Any) -> "SWATLayer":
+    """A layer over the same weights, with neither the hooks nor the state of ``layer``."""
+    made = next(
+        base for base in type(layer).__mro__ if "dense_class" in vars(base)
+    )  # as it is without parametrizations
+    twin: Any = object.__new__(made)
+    nn.Module.__init__(twin)
+    for name, value in vars(layer).items():
+        twin.__dict__.setdefault(name, value)
+    if getattr(twin, "padding_mode", "zeros") != "zeros":  # the input has been padded already
+        twin.padding, twin.padding_mode = (0, 0), "zeros"
+    for name in ("weight", "bias"):
+        values = getattr(layer, name)
+        if values is not None:
+            values = values.detach().clone() if values.is_inference() else values.detach()
+            values = nn.Parameter(values.to(dtype), requires_grad=problem.backward)
+        twin.__dict__.pop(name, None)
+        twin.register_parameter(name, values)
+    activation_sparsity = layer.activation_sparsity
+    twin._set_up(sparsity=layer.sparsity, activation_sparsity=activation_sparsity, backend=backend)
+    twin.training = layer.training
+    return twin  # type: ignore[no-any-return]
 
 
 def _cpu_milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
