@@ -89,7 +89,9 @@ class SWATConfig:
         batchnorm: what BatchNorm keeps for its backward pass; "exact" its input, "bf16" and "int8" the normalised input
             in two bytes or in one. See :class:`swat_ext.SWATBatchNorm2d`.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to time
-            both at a layer's first input of each shape and keep the faster.
+            both at a layer's first inputs and keep the faster. Each computes and saves the same. Neither need be as
+            fast as PyTorch's dense layer where a layer is small: :func:`swat_ext.report` shows the ratio, and
+            ``skip`` leaves such a layer dense.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.

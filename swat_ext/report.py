@@ -29,6 +29,7 @@ class LayerReport:
         sparse: whether it trains sparse; if not, its two sparsities are 0 and ``reason`` says why.
         sparsity, activation_sparsity: fractions of zeros, in [0, 1).
         backend, reason: "sparse" or "dense" kernels, and why those.
+        speedup: how many times as fast as PyTorch's dense layer it was when it was measured; None where it was not.
         calls: times that one forward of the model calls it; None where no ``input_size`` was given.
         input_size, output_size: of the first call, batch included; None where there was none.
         dense_flops, swat_flops: FLOPs of forward, input gradient and weight gradient; None where not known.
@@ -45,6 +46,7 @@ class LayerReport:
     activation_sparsity: float
     backend: str
     reason: str
+    speedup: float | None
     calls: int | None
     input_size: tuple[int, ...] | None
     output_size: tuple[int, ...] | None
@@ -106,19 +108,20 @@ class Report:
         swapped = sum(layer.sparse for layer in self.layers)
         title = f"{self.model}: {swapped} of {len(self.layers)} layers with weights train sparse"
         if self.input_size is None:
-            lines = [title, "", self._short_table(), "", *self._left_dense_lines(), self._parameters_line(), _NO_SIZE]
-            return "\n".join(lines)
+            notes = [*self._left_dense_lines(), *self._slower_lines(), self._parameters_line(), _NO_SIZE, _SPEED]
+            return "\n".join([title, "", self._short_table(), "", *notes])
         title += f"; one training step on input {_shape(self.input_size)}"
         notes = [line for line in (*self._left_dense_lines(), *self._uncounted_lines()) if line]
-        notes += [*self._outside_lines(), self._parameters_line()]
-        return "\n".join([title, "", self._long_table(), "", *notes, *_NOTES])
+        notes += [*self._slower_lines(), *self._outside_lines(), self._parameters_line()]
+        return "\n".join([title, "", self._long_table(), "", *notes, *_NOTES, _SPEED])
 
     def _short_table(self) -> str:
-        header = ("layer", "kind", "weight", "input", "kernels")
-        return render(header, [(*_start(layer), _kernels(layer)) for layer in self.layers], "<<>><")
+        header = ("layer", "kind", "weight", "input", "speed", "kernels")
+        rows = [(*_start(layer), _speed(layer), _kernels(layer)) for layer in self.layers]
+        return render(header, rows, "<<>>><")
 
     def _long_table(self) -> str:
-        header = ("layer", "kind", "weight", "input", "FLOPs dense", "SWAT", "held dense", "SWAT", "kernels")
+        header = ("layer", "kind", "weight", "input", "FLOPs dense", "SWAT", "held dense", "SWAT", "speed", "kernels")
         rows = [
             (
                 *_start(layer),
@@ -126,6 +129,7 @@ class Report:
                 human_count(layer.swat_flops),
                 human_bytes(layer.dense_bytes),
                 human_bytes(layer.saved_bytes),
+                _speed(layer),
                 _kernels(layer),
             )
             for layer in self.layers
@@ -139,15 +143,23 @@ class Report:
             human_count(self.swat_flops),
             human_bytes(self.dense_bytes),
             human_bytes(self.saved_bytes),
+            "",
             f"{_change(self.dense_flops, self.swat_flops)} FLOPs, {_change(self.dense_bytes, self.saved_bytes)} held",
         )
-        return render(header, rows, "<<>>>>>><", footer)
+        return render(header, rows, "<<>>>>>>><", footer)
 
     def _left_dense_lines(self) -> list[str]:
         if not self.left_dense:
             return ["Not sparse: none."]
         width = max(len(layer.name) for layer in self.left_dense)
         return ["Not sparse:"] + [f"  {layer.name:<{width}}  {layer.reason}" for layer in self.left_dense]
+
+    def _slower_lines(self) -> list[str]:
+        slower = [f"{layer.name or '(model)'} ({_speed(layer)})" for layer in self.layers if (layer.speedup or 1) < 1]
+        if not slower:
+            return []
+        advice = "name them in SWATConfig.skip where their memory matters less than their time."
+        return [f"Slower than PyTorch's dense layers: {', '.join(slower)}; {advice}"]
 
     def _uncounted_lines(self) -> list[str]:
         unreached = [layer.name for layer in self.layers if layer.calls == 0]
@@ -174,6 +186,7 @@ class Report:
 # Of the modules that call a function.
 _MOST_NAMES = 3
 _NO_SIZE = "Give input_size for FLOPs and bytes."
+_SPEED = "speed: as measured when the kernels were chosen, against PyTorch's dense layer on an input of like size."
 _NOTES = (
     "weight, input: share of zeros in the weight and in the input kept for the weight gradient.",
     "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
@@ -239,12 +252,13 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     sparse = module if isinstance(module, SWATLayer) else None
     if sparse is not None:
         sparsity, activation_sparsity = sparse.sparsity, sparse.activation_sparsity
-        backend, reason = sparse.chosen_backend
+        backend, reason, speedup = sparse.chosen_backend
         numel, itemsize = sparse.weight.numel(), sparse.weight.element_size()
         weight_bytes = 8 * mask_words(numel) if takes_again(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
     else:
         sparsity = activation_sparsity = 0.0
-        backend, reason = "dense", layer.obstacle or layer.chosen or "sparsify_ was not called on it"
+        backend, speedup = "dense", None
+        reason = layer.obstacle or layer.chosen or "sparsify_ was not called on it"
         weight_bytes = 0
 
     dense_flops = swat_flops = dense_bytes = activation_bytes = None
@@ -268,6 +282,7 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         activation_sparsity=activation_sparsity,
         backend=backend,
         reason=reason,
+        speedup=speedup,
         calls=None if calls is None else len(calls),
         input_size=tuple(calls[0].input_size) if calls else None,
         output_size=tuple(calls[0].output_size) if calls else None,
@@ -358,6 +373,10 @@ def _start(layer: LayerReport) -> tuple[str, str, str, str]:
     times = f" (called {layer.calls} times)" if layer.calls is not None and layer.calls > 1 else ""
     weight, activation = (layer.sparsity, layer.activation_sparsity) if layer.sparse else (None, None)
     return layer.name or "(model)", layer.kind + times, human_share(weight), human_share(activation)
+
+
+def _speed(layer: LayerReport) -> str:
+    return "-" if layer.speedup is None else f"{layer.speedup:.2g}x"
 
 
 def _kernels(layer: LayerReport) -> str:

@@ -519,7 +519,7 @@ def test_constructors_check_their_settings(name):
     ],
 )
 def test_choice_of_kernels(arguments, backend, reason):
-    assert choose_backend(*arguments) == (backend, reason)
+    assert choose_backend(*arguments) == (backend, reason, None)
 
 
 def test_backends_train_alike():

@@ -54,7 +54,7 @@ def test_rows_carry_the_settings_the_work_and_the_memory():
 
     assert (conv.kind, conv.sparse, conv.calls) == ("Conv2d 3x3 16->16", True, 1)
     assert (conv.sparsity, conv.activation_sparsity) == (0.8, 0.5)
-    assert (conv.backend, conv.reason) == model[3].chosen_backend
+    assert (conv.backend, conv.reason, conv.speedup) == model[3].chosen_backend
     assert conv.input_size == conv.output_size == (4, 16, 8, 8)
     macs = 4 * 16 * 64 * 16 * 9
     assert conv.dense_flops == 6 * macs

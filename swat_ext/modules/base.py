@@ -13,8 +13,9 @@ from swat_ext.calls import transformed
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
-from swat_ext.modules.measure import can_measure, measured_choice, problem_of, recall, remember
-from swat_ext.modules.selection import kept, kept_ratio, select_exactly
+from swat_ext.modules.choices import Choices
+from swat_ext.modules.measure import can_measure
+from swat_ext.modules.selection import Evaluated, evaluated, kept, kept_ratio, refuse_tracing, select_exactly
 from swat_ext.modules.shared import SharedPack, attach, find, has_identity
 
 __all__ = ["SWATLayer"]
@@ -28,8 +29,8 @@ class SWATLayer(nn.Module):
 
     While training it keeps two thresholds and selects each anew every ``topk_period`` optimizer steps. It counts steps
     by the version of its weight, so any number of forwards between two steps count as one; an attached
-    :class:`swat_ext.SWATScheduler` counts for it. In evaluation it selects exactly, from the weight alone, and changes
-    nothing.
+    :class:`swat_ext.SWATScheduler` counts for it. In evaluation it selects exactly, from the weight alone, and keeps
+    that until the weight changes or the layer goes back to training.
 
     Attributes:
         sparsity: fraction of zeros in the weight, in [0, 1). Setting it selects anew at the next training forward.
@@ -57,7 +58,7 @@ class SWATLayer(nn.Module):
         """Make an initialised dense layer, already of this class, sparse. Raises before it changes anything."""
         self._check_settings(sparsity, activation_sparsity, topk_period, backend)
         self._sparsity = float(sparsity)
-        self._activation_sparsity = activation_sparsity
+        self._activation_sparsity = None if activation_sparsity is None else float(activation_sparsity)
         self._topk_period = topk_period
         self._backend: Backend = backend
         # Explicitly on the CPU: under torch.device("meta") a default would have no values.
@@ -65,7 +66,7 @@ class SWATLayer(nn.Module):
         self._clock[ops.CLOCK_STEPS] = 0
         self._restored = False
         self._selection: object | None = None  # the selection that activation_threshold is from
-        self._measured: list[tuple[Any, ...]] = []  # keys of what "auto" chose by
+        self._evaluated: Evaluated | None = None
         for name in ("weight_threshold", "activation_threshold"):
             zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
             self.register_buffer(name, zero, persistent=False)
@@ -185,30 +186,26 @@ class SWATLayer(nn.Module):
     def _backend_for(
         self,
         input: Tensor,
-        weight: Tensor,
         stride: Any = (1, 1),
         padding: Any = 0,
         dilation: Any = (1, 1),
         groups: int = 1,
     ) -> Literal["sparse", "dense"]:
-        """The kernels for this 4-D input; "auto" is measured at the first input of each shape.
+        """The kernels for this 4-D input; "auto" is measured at the first inputs of different size.
 
         Not while torch.compile traces: it takes the last choice, or that of the rule for layers that never ran.
         """
         if self._backend == "auto" and can_measure(input):
-            problem = problem_of(
+            self._choice = self._choices.choose(
+                self,
                 input,
-                weight,
                 (stride, padding, dilation, groups),
                 self._weight_ratio,
                 self._activation_ratio,
                 # In training also without gradients: a checkpoint's two forwards must choose alike.
                 backward=self.weight.requires_grad and (self.training or torch.is_grad_enabled()),
+                otherwise=self._choice,
             )
-            if problem is not None:
-                self._choice, key = measured_choice(problem, input.dtype, input.device, self._choice)
-                if key is not None and key not in self._measured:
-                    self._measured.append(key)
         return self._choice.backend
 
     def _settle_settings(self) -> None:
@@ -217,6 +214,7 @@ class SWATLayer(nn.Module):
         self._activation_ratio = kept_ratio(self.activation_sparsity)
         group_out_channels = self.weight.shape[0] // getattr(self, "groups", 1)
         self._choice = choose_backend(self._backend, self._sparsity, self.activation_sparsity, group_out_channels)
+        self._choices = Choices()
 
     # --- Selection
 
@@ -225,7 +223,10 @@ class SWATLayer(nn.Module):
         weight = self.weight.detach()
         if self.training:
             return self._select(weight, self.weight_threshold, _WEIGHT, self._weight_ratio)
-        return select_exactly(weight, self._weight_ratio)
+        if (found := evaluated(self.weight, self._weight_ratio, self._evaluated)) is None:
+            return select_exactly(weight, self._weight_ratio)
+        self._evaluated = found
+        return found.packed
 
     def _select_activation(self, input: Tensor, source: Tensor, form: Hashable = None) -> Packed | None:
         """``top(input)`` for the weight gradient, or None where there will be none.
@@ -237,7 +238,7 @@ class SWATLayer(nn.Module):
         """
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
-        if not has_identity(source):
+        if not has_identity(source) or source.is_inference():  # without a version nobody knows whether it changed
             if self.training:
                 return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
             return select_exactly(input.detach(), self._activation_ratio)
@@ -291,6 +292,7 @@ class SWATLayer(nn.Module):
 
     def _check_input(self, input: Tensor) -> None:
         # Here and not only in functional: a selection must not see an input that the convolution then refuses.
+        refuse_tracing(input)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
         if transformed():
@@ -336,7 +338,7 @@ class SWATLayer(nn.Module):
             "due": clock[ops.CLOCK_DUE :].tolist(),
             "weight_threshold": self.weight_threshold.clone(),
             "activation_threshold": self.activation_threshold.clone(),
-            "choices": [(key, *recall(key)) for key in self._measured],
+            "choices": self._choices.state(),
         }
 
     def load_selection_state(self, state: Mapping[str, Any]) -> None:
@@ -354,8 +356,8 @@ class SWATLayer(nn.Module):
         self._clock[ops.CLOCK_VERSION] = _UNKNOWN
         self._clock[ops.CLOCK_DUE :] = torch.tensor(state["due"])
         self._restored = True
-        for key, backend, reason in state.get("choices", ()):
-            remember(key, Choice(backend, reason))
+        self._choices.load(state.get("choices", ()))
+        self._choice = self._choices.only() or self._choice
 
     def _looked(self) -> Tensor:
         """A copy of the clock as the next forward would see it: a step made since the last look is counted."""
@@ -378,14 +380,21 @@ class SWATLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling and deepcopy: the copy's weight has another version and another address, and that is not a step.
-        return {**self.__dict__, "_clock": self._looked(), "_selection": None}
+        return {**self.__dict__, "_clock": self._looked(), "_selection": None, "_evaluated": None}
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._evaluated = None
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._evaluated = None
         self._forget_version()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
+            self._evaluated = None
             self._forget_version()
             # Thresholds of other weights mean nothing, unless a scheduler has just restored those of the ones to come.
             if not self._restored:
@@ -409,8 +418,9 @@ _OWN_ATTRIBUTES = (
     "_clock",
     "_restored",
     "_selection",
-    "_measured",
+    "_evaluated",
     "_weight_ratio",
     "_activation_ratio",
     "_choice",
+    "_choices",
 )

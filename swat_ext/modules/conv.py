@@ -92,7 +92,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             self._select_weight(),
             self._select_activation(input, source, form),
             *geometry,
-            backend=self._backend_for(batched, self.weight, *geometry),
+            backend=self._backend_for(batched, *geometry),
             from_weight=True,
         )
 

@@ -60,7 +60,7 @@ class SWATLinear(SWATLayer, nn.Linear):
             self.bias,
             self._select_weight(),
             self._select_activation(view, source, "rows"),
-            backend=self._backend_for(view, self.weight[:, :, None, None]),
+            backend=self._backend_for(view),
             from_weight=True,
         )
 
