@@ -279,6 +279,30 @@ def test_reentrant_checkpoints_and_no_grad_in_between():
         assert not model.relu(output).requires_grad
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_several_relus_and_checkpoints_that_begin_with_one(inplace):
+    model, apart = _branching("plain", inplace=inplace)
+    x = batches(1)[0][0]
+    results = []
+    for network in (model, apart):
+        network.zero_grad()
+        if not inplace:  # PyTorch's own checkpoint refuses to change its input
+            before = network.stem(x)
+            first = checkpoint(nn.Sequential(network.relu, network.head), before, use_reentrant=False)
+            first.square().sum().backward()
+        before = network.stem(x)
+        first, second = network.relu(before), network.relu(before)
+        third = nn.functional.relu(before)
+        if not inplace:
+            first.add_(1)
+            assert not torch.equal(first, second)
+            second = second + network.relu(before)
+        (network.head(first) + network.head(second) + network.head(third)).square().sum().backward()
+        results.append([first, second, third, network.stem[0].weight.grad])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
 def test_nothing_is_held_for_a_plain_output_that_nobody_asked_for():
     model, _ = _branching("plain", "int8")
     before = model.stem[0](batches(1)[0][0])

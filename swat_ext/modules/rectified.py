@@ -51,19 +51,26 @@ class RectifiedOutput(Tensor):
     """A batch normalisation's output that is computed when somebody looks at it; see the module's docstring."""
 
     _recipe: _Recipe
-    _rectified: Tensor | None
+    _rectified: Tensor
+    _taken: int | None  # the version of what the first ReLU took
     _plain: Tensor | None
 
     def take_rectified(self, inplace: bool) -> Tensor | None:
-        """The output of the ReLU that reads this, the first time; None where it has to compute that itself.
+        """The output of a ReLU that reads this; None where it has to compute that itself.
+
+        The first gets it without a copy, another one, such as the same ReLU when a checkpoint runs again, with one.
 
         Args:
             inplace: whether whoever reads this afterwards is to see the rectified values too.
         """
-        rectified, self._rectified = self._rectified, None
-        if rectified is None or self._plain is not None:
+        rectified, first = self._rectified, self._taken is None
+        rectified_in_place = self._plain is rectified
+        if (self._plain is not None and not rectified_in_place) or self._taken not in (None, rectified._version):
             return None
-        if inplace:
+        self._taken = rectified._version
+        if not first and not (inplace and rectified_in_place):
+            rectified = rectified.clone()
+        if inplace and not rectified_in_place:
             self._plain = rectified
             _rebind(self)
         return rectified if torch.is_grad_enabled() else rectified.detach()
@@ -181,5 +188,5 @@ def rectified_output(rectified: Tensor, compute: Callable[..., Tensor], *leaves:
     recipe = _Recipe(compute, leaves)
     output: RectifiedOutput = _Defer.apply(recipe, rectified, *leaves)
     # In the instance's dictionary, past the attribute access that __torch_function__ sees.
-    output.__dict__.update(_recipe=recipe, _rectified=rectified, _plain=None)
+    output.__dict__.update(_recipe=recipe, _rectified=rectified, _taken=None, _plain=None)
     return output
