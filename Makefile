@@ -50,6 +50,7 @@ bench: build
 
 bench-all: build
 	$(BIN)/python bench/layers.py --out bench/results/layers.json
+	$(BIN)/python bench/layers.py --layers others --out bench/results/layers.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/memory.py --allocators default,mmap

@@ -139,7 +139,9 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
             left = number + (place - 0.5) * width
             axes.hlines(3 * summary["limit"] / unit, left, left + width, "k", lw=1)
     axes.plot([], [], "k", lw=1, label="kept multiply-adds at the speed of a matrix product")
-    names = [row["name"] if not relative else f"{row['name']}\nbatch {row['batch']}" for row in rows]
+    names = [row["name"] for row in rows]
+    if relative:  # in short lines, for there are many
+        names = [row["name"].replace(" @", "\n@") + f"\nbatch {row['batch']}" for row in rows]
     places = [number + width * len(sparsities) / 2 for number in range(len(rows))]
     axes.set_xticks(places, names, fontsize=9 if len(rows) < 8 else 7)
     axes.set_ylabel("forward + backward, dense = 1" if relative else "forward + backward, ms")

@@ -11,7 +11,7 @@ from torch import nn
 from swat_ext.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
 from swat_ext.functional import takes_again
 from swat_ext.memory_rows import HeldByKind, held_by_kind
-from swat_ext.modules import SWATConv2d, SWATLayer
+from swat_ext.modules import SWATLayer
 from swat_ext.ops import mask_words
 from swat_ext.shapes import Call, trace_calls
 from swat_ext.sparsify import LeftDense, Surveyed, survey
@@ -322,19 +322,21 @@ def _totals(
 
 
 def _shared_bytes(surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]]) -> int:
-    """Bytes of packed inputs that the rows count again: convolutions that pack one tensor alike share the copy."""
+    """Bytes of packed inputs that the rows count again: layers that pack one tensor alike share the copy."""
+    given = {call.tensor for call in calls.get("", ())}  # to the model, not made by it: never shared
     seen: set[object] = set()
     again = 0
     for layer, row in zip(surveyed, rows, strict=True):
         module = layer.module
-        # A linear layer packs a view, and one with a padding mode a tensor of its own.
-        if not isinstance(module, SWATConv2d) or module.padding_mode != "zeros" or not row.activation_bytes:
+        if not isinstance(module, SWATLayer) or not row.activation_bytes:
             continue
         for call in calls.get(layer.name, []):
-            key = (call.tensor, row.activation_sparsity, module.topk_period)
+            key = (call.tensor, module.packed_form, row.activation_sparsity, module.topk_period)
             if key in seen:
-                again += packed_bytes(math.prod(call.input_size), row.activation_sparsity, call.itemsize)
-            seen.add(key)
+                size = saved_input_size(module, call.input_size)
+                again += packed_bytes(math.prod(size), row.activation_sparsity, call.itemsize)
+            if call.tensor not in given:
+                seen.add(key)
     return again
 
 

@@ -1,5 +1,6 @@
 """report: what other modules hold, and packed inputs that several layers share."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,17 +58,52 @@ def _sparse(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_packed_copy_that_two_layers_share_counts_once_in_the_total() -> None:
+class _Stem(nn.Module):
+    """A block behind a layer: what comes from outside is never shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Sigmoid(), _Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
+class _Readers(nn.Module):
+    """Linear layers, and convolutions that pad alike, that read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sigmoid()
+        self.query, self.key = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.mirrored = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect") for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.query(x).sum() + self.key(x).sum() + sum(layer(x).sum() for layer in self.mirrored)
+
+
+@pytest.mark.parametrize("made", [_Stem, _Readers])
+def test_a_packed_copy_that_layers_share_counts_once_in_the_total(made: type[nn.Module]) -> None:
     size = (4, 8, 16, 16)
-    model = _sparse(_Block())
+    model = _sparse(made())
     found = swat_ext.report(model, size)
     x = torch.randn(size, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with profile_memory(model) as profile:
         model(x).sum().backward()
-    held = sum(layer.held_bytes for layer in profile.layers if layer.kind == "SWATConv2d")
-    conv, shortcut = found.layers
-    assert conv.activation_bytes == shortcut.activation_bytes
-    assert found.saved_bytes == held == (conv.saved_bytes or 0) + shortcut.weight_bytes
+    held = sum(layer.held_bytes for layer in profile.layers if layer.kind.startswith("SWAT"))
+    packed = [layer.activation_bytes for layer in found.layers]
+    assert packed[0] == packed[1]
+    # Rows stay by layer.
+    assert found.saved_bytes is not None
+    assert found.saved_bytes < sum(layer.saved_bytes or 0 for layer in found.layers)
+    padding = 128 * (made is _Readers)  # rows of indices, which padding by index keeps
+    assert 0 <= held - found.saved_bytes <= 8 * padding
+
+
+def test_the_model_input_is_packed_by_each_layer() -> None:
+    found = swat_ext.report(_sparse(_Block()), (4, 8, 16, 16))
+    assert found.saved_bytes == sum(layer.saved_bytes or 0 for layer in found.layers)
 
 
 def test_layers_that_select_differently_share_nothing() -> None:

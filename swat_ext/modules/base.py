@@ -228,13 +228,17 @@ class SWATLayer(nn.Module):
         self._evaluated = found
         return found.packed
 
-    def _select_activation(self, input: Tensor, source: Tensor, form: Hashable = None) -> Packed | None:
+    @property
+    def packed_form(self) -> Hashable:
+        """What the layer makes of its input before it packs it; layers of equal form share a packed input."""
+        return None
+
+    def _select_activation(self, input: Tensor, source: Tensor) -> Packed | None:
         """``top(input)`` for the weight gradient, or None where there will be none.
 
         Args:
             input: what the convolution reads.
             source: the layer's own input; layers that read the same one, in the same form, share what is kept.
-            form: what was made of ``source`` to get ``input``.
         """
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
@@ -242,7 +246,7 @@ class SWATLayer(nn.Module):
             if self.training:
                 return self._select(input.detach(), self.activation_threshold, _ACTIVATION, self._activation_ratio)
             return select_exactly(input.detach(), self._activation_ratio)
-        key = (form, input.dtype, kept(input.numel(), self._activation_ratio))
+        key = (self.packed_form, input.dtype, kept(input.numel(), self._activation_ratio))
         known = find(source, key)
         shared = self._share_selected(input, key, known) if self.training else self._share_exact(input, key, known)
         if shared is not known:

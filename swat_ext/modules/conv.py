@@ -1,5 +1,6 @@
 """A sparse :class:`torch.nn.Conv2d`."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -78,9 +79,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             return super().forward(input)  # no values to select from: shapes alone
         source, input = input, autocast_input(input)
         padding: Any = self.padding
-        form: Any = None
         if self.padding_mode != "zeros":
-            form = (self.padding_mode, *self._reversed_padding_repeated_twice)
             input = pad_by_index(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
         batched = input if input.dim() == 4 else input.unsqueeze(0)
@@ -90,11 +89,16 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(input, source, form),
+            self._select_activation(input, source),
             *geometry,
             backend=self._backend_for(batched, *geometry),
             from_weight=True,
         )
+
+    @property
+    def packed_form(self) -> Hashable:
+        zeros = self.padding_mode == "zeros"
+        return None if zeros else (self.padding_mode, *self._reversed_padding_repeated_twice)
 
     def _check_input(self, input: Tensor) -> None:
         super()._check_input(input)

@@ -1,5 +1,6 @@
 """A sparse :class:`torch.nn.Linear`."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -59,10 +60,14 @@ class SWATLinear(SWATLayer, nn.Linear):
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(view, source, "rows"),
+            self._select_activation(view, source),
             backend=self._backend_for(view),
             from_weight=True,
         )
+
+    @property
+    def packed_form(self) -> Hashable:
+        return "rows"
 
     def _check_input(self, input: Tensor) -> None:
         super()._check_input(input)
