@@ -5,6 +5,7 @@ CPU_KERNELS = [
     "kernels/cpu/batch_norm.cpp",
     "kernels/cpu/block_cache.cpp",
     "kernels/cpu/convolution.cpp",
+    "kernels/cpu/depthwise_gradient.cpp",
     "kernels/cpu/dispatch.cpp",
     "kernels/cpu/gather_plan.cpp",
     "kernels/cpu/max_pool.cpp",

@@ -1,6 +1,7 @@
 #include "kernels/cpu/convolution.h"
 
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "kernels/cpu/gather_plan.h"
@@ -134,6 +135,11 @@ ConvGeometry random_geometry(std::mt19937& random) {
     g.groups = below(3) == 0 ? below(4) + 1 : 1;
     g.in_channels = g.groups * (below(4) == 0 ? below(40) + 1 : below(9) + 1);
     g.out_channels = g.groups * (below(4) == 0 ? below(40) + 1 : below(9) + 1);
+    if (below(6) == 0) {  // groups of few output channels, which have a kernel of their own
+      g.groups = below(40) + 1;
+      g.in_channels = g.groups * (below(3) == 0 ? 2 : 1);
+      g.out_channels = g.groups * (below(2) == 0 ? 1 : below(5) + 1);
+    }
     g.batch = below(3) == 0 ? below(20) : below(4);
     g.in_height = below(14) + 1;
     g.in_width = below(14) + 1;
@@ -190,6 +196,40 @@ TEST_P(ConvolutionTest, TakesPaddingBehindTheImageAlone) {
   std::mt19937 random(9);
   const ConvGeometry g{7, 2, 4, 18, 12, 54, 20, 16, 1, 1, 1, 1, 1, 1, 0, 0};
   check_convolution<float>(table(), g, random);
+}
+
+// Groups of few output channels: tiles of rows, tiles of columns, taps too far apart for a patch, more than one input channel.
+TEST_P(ConvolutionTest, TakesGroupsOfFewChannels) {
+  std::mt19937 random(11);
+  for (const ConvGeometry& g : {ConvGeometry{3, 21, 21, 60, 33, 21, 60, 33, 3, 3, 1, 1, 1, 1, 1, 1},
+                                ConvGeometry{1, 9, 9, 4, 900, 9, 4, 899, 2, 7, 1, 1, 1, 1, 1, 2},
+                                ConvGeometry{1, 16, 16, 70, 66, 16, 3, 4, 2, 2, 2, 1, 66, 63, 1, 0},
+                                ConvGeometry{5, 11, 11, 12, 14, 33, 6, 13, 3, 3, 2, 1, 1, 1, 0, 1},
+                                ConvGeometry{4, 9, 27, 10, 13, 9, 9, 13, 3, 2, 1, 1, 1, 1, 1, 1}}) {
+    check_convolution<float>(table(), g, random);
+    check_convolution<double>(table(), g, random);
+  }
+}
+
+TEST_P(ConvolutionTest, DoesNotDependOnThreads) {
+  std::mt19937 random(13);
+  std::normal_distribution<float> normal;
+  for (const ConvGeometry& g : {ConvGeometry{5, 21, 21, 20, 13, 42, 20, 13, 3, 3, 1, 1, 1, 1, 1, 1},
+                                ConvGeometry{1, 24, 24, 9, 9, 24, 5, 5, 3, 3, 2, 2, 1, 1, 1, 1},
+                                ConvGeometry{3, 1, 8, 15, 11, 20, 15, 11, 3, 3, 1, 1, 1, 1, 1, 1}}) {
+    std::vector<float> dense(g.batch * g.in_channels * g.in_height * g.in_width);
+    for (float& v : dense) v = random() % 4 == 0 ? normal(random) : 0;
+    const PackedTensor<float> input(dense);
+    Image<float> dy(g.batch, g.out_channels, g.out_height, g.out_width, random() % 3);
+    for (float& v : dy.data) v = normal(random);
+    std::vector<float> first;
+    for (int count : {1, 2, 3, 7}) {
+      std::vector<float> dw(g.out_channels * g.group_in() * g.taps());
+      convolution_weight_grad<float>(table(), threads(count), g, dy.read(), input.view(), dw.data(), false);
+      if (first.empty()) first = dw;
+      EXPECT_EQ(std::memcmp(first.data(), dw.data(), dw.size() * sizeof(float)), 0) << count << " threads";
+    }
+  }
 }
 
 TEST_P(ConvolutionTest, RefusesStridesThatNamePastItsClasses) {

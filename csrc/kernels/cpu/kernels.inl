@@ -15,6 +15,8 @@
 #include "weight_grad.inl"
 #include "weight_list.inl"
 //
+#include "depthwise_grad.inl"
+//
 #include "batch_norm.inl"
 #include "max_pool.inl"
 
@@ -39,6 +41,9 @@ constexpr Kernels<T> kernels_of() {
       .tap_kernel = tap_kernel<T>,
       .weight_grad_slice = weight_grad_slice<T>,
       .weight_grad_reduce = weight_grad_reduce<T>,
+      .depthwise_scratch = depthwise_scratch<T>,
+      .depthwise_slice = depthwise_slice<T>,
+      .depthwise_reduce = depthwise_reduce<T>,
       .relu_words = relu_words<T>,
       .mask_words = mask_words<T>,
       .batch_norm_scratch = batch_norm_scratch<T>,

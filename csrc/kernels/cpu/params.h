@@ -179,4 +179,22 @@ struct WeightGradParams {
   int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
 };
 
+// The same for groups of few output channels (depthwise_grad.inl).
+template <typename T>
+struct DepthwiseParams {
+  PackedView<T> input;  // [N, C, H, W]
+  ImageView<const T> grad_output;
+  ConvGeometry geometry;
+  int64_t tile_rows, tile_columns;  // output pixels
+  int64_t tiles_h, tiles_w;
+  int64_t patch_rows, patch_columns;  // input pixels
+  const int32_t* pixel;  // [patch_rows, in_width] where a pixel lies in the patch, in elements, from that of the first
+  int64_t slices;        // parts of the tiles that are summed apart
+  T* partial;            // [slices, blocks of output channels, group_in, taps, lanes]
+  T* grad_weight;        // [out_channels, group_in, taps], or [out_channels, taps, group_in]:
+  bool channels_last;
+
+  int64_t tiles() const { return geometry.batch * tiles_h * tiles_w; }
+};
+
 }  // namespace swat::cpu

@@ -58,6 +58,11 @@ struct Kernels {
                             WeightGradScratch<T>& scratch);
   void (*weight_grad_reduce)(const WeightGradParams<T>& params, int64_t begin, int64_t end);
 
+  // depthwise_grad.inl: one slice and a range of blocks of output channels; those blocks
+  int64_t (*depthwise_scratch)(const DepthwiseParams<T>& params);
+  void (*depthwise_slice)(const DepthwiseParams<T>& params, int64_t slice, int64_t begin, int64_t end, T* scratch);
+  void (*depthwise_reduce)(const DepthwiseParams<T>& params, int64_t begin, int64_t end);
+
   // relu.inl: words of 64 elements
   void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
   void (*mask_words)(const T* input, const uint64_t* words, int64_t numel, int64_t begin, int64_t end, T* output);

@@ -82,20 +82,20 @@ inline int64_t weight_grad_vectors(int64_t taps) {
   return vectors;
 }
 
-// One run of `count` pixels of dy for `channels` output channels, as [pixel][width]; channels that do not exist are zero.
+// One run of `count` pixels of dy for `channels` output channels, as [pixel][vectors * lanes]; channels that do not exist are zero.
 template <typename T>
-inline void pack_pixels(const WeightGradParams<T>& p, const T* data, int64_t count, int64_t channels, T* out) {
+inline void pack_pixels(const ImageView<const T>& dy, int64_t vectors, const T* data, int64_t count, int64_t channels,
+                        T* out) {
   constexpr int kN = kLanes<T>;
-  const auto& dy = p.grad_output;
-  const int64_t width = p.vectors * kN;
+  const int64_t width = vectors * kN;
   int64_t done = 0;
   if (dy.channel_stride == 1 && channels == width) {
     for (; done < count; ++done, data += dy.column_stride, out += width) {
-      for (int64_t v = 0; v < p.vectors; ++v) store(out + v * kN, load_unaligned(data + v * kN));
+      for (int64_t v = 0; v < vectors; ++v) store(out + v * kN, load_unaligned(data + v * kN));
     }
   } else if (dy.column_stride == 1 && channels == width) {
     for (; done + kN <= count; done += kN, data += kN, out += kN * width) {
-      for (int64_t v = 0; v < p.vectors; ++v) {
+      for (int64_t v = 0; v < vectors; ++v) {
         transpose<T>([&](int i) { return data + (v * kN + i) * dy.channel_stride; },
                      [&](int i) { return out + i * width + v * kN; });
       }
@@ -129,7 +129,7 @@ void pack_grad(const WeightGradParams<T>& p, const TileBounds& b, int64_t channe
         const T* data = dy.data + n * dy.batch_stride + (channel + block * width) * dy.channel_stride +
                         row * dy.row_stride + (b.grad_column + first) * dy.column_stride;
         std::fill_n(to, first * width, T{0});
-        pack_pixels(p, data, last - first, std::min(width, channels - block * width), to + first * width);
+        pack_pixels(dy, p.vectors, data, last - first, std::min(width, channels - block * width), to + first * width);
         std::fill_n(to + last * width, (p.grad_columns - last) * width, T{0});
       }
     }

@@ -51,12 +51,6 @@ Range grad_range(const std::vector<std::vector<AxisTap>>& residues) {
   return range;
 }
 
-// Even cuts: as few pieces as `most` allows, of as equal a size as can be.
-int64_t even_cut(int64_t whole, int64_t most) {
-  most = std::clamp<int64_t>(most, 1, std::max<int64_t>(whole, 1));
-  return ceil_div(std::max<int64_t>(whole, 1), ceil_div(std::max<int64_t>(whole, 1), most));
-}
-
 void plan_classes(const ConvGeometry& g, const std::vector<std::vector<AxisTap>>& rows,
                   const std::vector<std::vector<AxisTap>>& columns, WeightGradPlan& plan) {
   for (const auto& row_taps : rows) {
@@ -90,6 +84,11 @@ void plan_classes(const ConvGeometry& g, const std::vector<std::vector<AxisTap>>
 }
 
 }  // namespace
+
+int64_t even_cut(int64_t whole, int64_t most) {
+  most = std::clamp<int64_t>(most, 1, std::max<int64_t>(whole, 1));
+  return ceil_div(std::max<int64_t>(whole, 1), ceil_div(std::max<int64_t>(whole, 1), most));
+}
 
 WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, int64_t lanes,
                                 int64_t (*most_vectors)(int64_t taps), double density) {

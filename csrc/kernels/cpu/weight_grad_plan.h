@@ -8,6 +8,9 @@
 
 namespace swat::cpu {
 
+// The size of even pieces of `whole`: as few as `most` allows, as equal as can be.
+int64_t even_cut(int64_t whole, int64_t most);
+
 struct WeightGradPlan {
   int64_t vectors = 1;
   int64_t tile_samples = 1, tile_rows = 1, tile_columns = 1;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "depthwise_gradient.h"
 #include "weight_grad_plan.h"
 
 namespace swat::cpu {
@@ -41,6 +42,9 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
   }
   const Kernels<T>& kernels = table.of<T>();
   const int64_t lanes = kernels.lanes;
+  if (suits_depthwise(g, lanes)) {
+    return depthwise_weight_grad(table, parallel, g, grad_output, input, grad_weight, channels_last);
+  }
   const double kept = static_cast<double>(input.ranks[(input.numel - 1) / kBlockBits]);
   const WeightGradPlan plan =
       plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors, kept / static_cast<double>(input.numel));
