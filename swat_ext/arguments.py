@@ -37,6 +37,8 @@ def check_tensor(name: str, tensor: object) -> None:
     """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for such a ``tensor``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.is_cpu and tensor.dtype in _FULL and tensor.layout == torch.strided:
+        return  # the usual case, several times in each call of a layer
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
     kind = tensor.device.type
@@ -79,6 +81,8 @@ def as_threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
 
 def int_pair(name: str, value: IntPair, least: int) -> list[int]:
     """One integer or two, each at least ``least``, as ``[rows, columns]``."""
+    if type(value) is tuple and len(value) == 2 and all(type(item) is int and item >= least for item in value):
+        return list(value)
     pair = list(value) if isinstance(value, (tuple, list)) else [value]
     # Sizes being traced are torch.SymInt.
     if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):

@@ -19,25 +19,38 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _below_autograd(operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+Plain = Callable[..., Any] | None
+
+
+def _below_autograd(operator: Callable[..., Any], plain: Plain, *arguments: Any) -> Any:
+    if plain is not None and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        operator = plain
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments, **keywords)
+        return operator(*arguments)
 
 
-def gradient(operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call a backward operator; by its own gradient, or the refusal of one, only where that may be asked for."""
+def gradient(operator: Callable[..., Any], *arguments: Any, plain: Plain = None) -> Any:
+    """Call a backward operator; by its own gradient, or the refusal of one, only where that may be asked for.
+
+    With ``plain``, the Python function that the operator was made of, it is called in its place where nothing traces.
+    """
     if torch.is_grad_enabled():
-        return operator(*arguments, **keywords)
-    return _below_autograd(operator, *arguments, **keywords)
+        return operator(*arguments)
+    return _below_autograd(operator, plain, *arguments)
 
 
-def with_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the gradient of operator ``swat_ext::name``; returns what layers call, with positional arguments."""
+def with_gradient(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any], plain: Plain = None
+) -> Callable[..., Any]:
+    """Register the gradient of operator ``swat_ext::name``; returns what layers call, with positional arguments.
+
+    ``plain``: as in :func:`gradient`.
+    """
     operator = getattr(torch.ops.swat_ext, name)
     torch.library.register_autograd(f"swat_ext::{name}", backward, setup_context=setup_context)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _below_autograd(operator, *inputs)
+        output = _below_autograd(operator, plain, *inputs)
         setup_context(ctx, inputs, output)
         return output
 

@@ -2,8 +2,8 @@
 
 The operators themselves are C++ (``csrc/ops``). Here each gets a fake kernel, and the convolutions get their
 gradient, so that they trace under ``torch.compile`` and pass ``torch.library.opcheck``. Two are written here because
-they are pure composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels) and ``select`` (threshold
-and compression).
+they are pure composition: ``masked_conv2d`` (the same convolution by PyTorch's own kernels, see ``masked.py``) and
+``select`` (threshold and compression).
 
 A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64:
 one bit an element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext import _C, masked  # noqa: F401  (loading _C registers the operators)
 from swat_ext.calls import gradient, refuse_second_derivative, with_gradient
-from swat_ext.layout import empty, is_channels_last, memory_format
+from swat_ext.layout import empty, is_channels_last
 
 __all__ = [
     "CONVOLUTIONS",
@@ -95,6 +95,11 @@ def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) ->
     return empty(values, size, channels_last)
 
 
+@torch.library.register_fake("swat_ext::decompress_part")
+def _(values: Tensor, mask: Tensor, size: Sequence[int], begin: int, end: int, channels_last: bool) -> Tensor:
+    return empty(values, [end - begin, *size[1:]], channels_last)
+
+
 def _fake_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -152,96 +157,12 @@ def _fake_weight_grad(
 
 # --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call --------------------
 
-
-def _padded(input: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Input and symmetric padding for a convolution whose padding may differ between the two ends of an axis."""
-    top, bottom, left, right = padding
-    if top == bottom and left == right:
-        return input, [top, left]
-    return torch.nn.functional.pad(input, (left, right, top, bottom)), [0, 0]
-
-
-@torch.library.custom_op("swat_ext::masked_conv2d", mutates_args=())
-def masked_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_values: Tensor,
-    weight_mask: Tensor,
-    input_values: Tensor | None,
-    input_mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool,
-    retake_weight: bool = False,
-) -> Tensor:
-    """``conv2d`` by ``torch.convolution`` on the unpacked weight; arguments and result as ``swat_ext::conv2d``."""
-    dense = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight.shape, channels_last)
-    padded, symmetric = _padded(input, padding)
-    output = torch.convolution(padded, dense, bias, stride, symmetric, dilation, False, [0, 0], groups)
-    return output.contiguous(memory_format=memory_format(channels_last))
-
-
-masked_conv2d.register_fake(_fake_conv2d)
-
-
-@torch.library.custom_op("swat_ext::masked_conv2d_input_grad", mutates_args=())
-def masked_conv2d_input_grad(
-    grad_output: Tensor,
-    weight_values: Tensor,
-    weight_mask: Tensor,
-    weight_size: Sequence[int],
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool,
-) -> Tensor:
-    """``conv2d_input_grad`` by PyTorch's own kernels; arguments and result as ``swat_ext::conv2d_input_grad``."""
-    weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
-    # Its values do not matter for its own gradient; an expanded scalar gives the shape without the memory.
-    input = grad_output.new_empty(()).expand(*input_size)
-    padded, symmetric = _padded(input, padding)
-    grad = torch.ops.aten.convolution_backward(
-        grad_output, padded, weight, None, stride, symmetric, dilation, False, [0, 0], groups, [True, False, False]
-    )[0]
-    top, _, left, _ = padding if padded is not input else [0] * 4
-    grad = grad[:, :, top : top + input_size[2], left : left + input_size[3]]
-    # A view of something larger would keep it all alive, and an operator may not return one.
-    return empty(grad, input_size, channels_last).copy_(grad)
-
-
-masked_conv2d_input_grad.register_fake(_fake_input_grad)
-
-
-@torch.library.custom_op("swat_ext::masked_conv2d_weight_grad", mutates_args=())
-def masked_conv2d_weight_grad(
-    grad_output: Tensor,
-    input_values: Tensor,
-    input_mask: Tensor,
-    input_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool = False,
-) -> Tensor:
-    """``conv2d_weight_grad`` by PyTorch's own kernels; arguments and result as ``swat_ext::conv2d_weight_grad``."""
-    like_grad = grad_output.is_contiguous(memory_format=torch.channels_last)
-    input = torch.ops.swat_ext.decompress(input_values, input_mask, input_size, like_grad)
-    padded, symmetric = _padded(input, padding)
-    shape = grad_output.new_empty(()).expand(*weight_size)
-    grad = torch.ops.aten.convolution_backward(
-        grad_output, padded, shape, None, stride, symmetric, dilation, False, [0, 0], groups, [False, True, False]
-    )[1]
-    return grad.contiguous(memory_format=memory_format(channels_last))
-
-
-masked_conv2d_weight_grad.register_fake(_fake_weight_grad)
+for _suffix, _function, _fake in (
+    ("", masked.conv2d, _fake_conv2d),
+    ("_input_grad", masked.input_grad, _fake_input_grad),
+    ("_weight_grad", masked.weight_grad, _fake_weight_grad),
+):
+    torch.library.custom_op(f"swat_ext::masked_conv2d{_suffix}", _function, mutates_args=()).register_fake(_fake)
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
@@ -259,20 +180,29 @@ def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
 
 
 def _register_gradient(
-    name: str, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]
+    name: str,
+    input_grad: Callable[..., Tensor],
+    weight_grad: Callable[..., Tensor],
+    plain: tuple[Callable[..., Tensor], ...] = (),
 ) -> Callable[..., Any]:
     """Give convolution ``name`` its gradient (spec: "One layer"), and return how layers call it.
 
-    Only packed tensors are saved for the gradient.
+    Only packed tensors are saved for the gradient, and only those that it needs.
 
     With ``retake_weight`` the kept weights are taken from the weight once more: saving a parameter takes no memory.
+
+    Args:
+        plain: the functions that the convolution and its two gradients are made of, where they are Python.
     """
+    convolution, plain_input_grad, plain_weight_grad = plain or (None, None, None)
 
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         input, weight, _, weight_values, weight_mask, input_values, input_mask, *geometry, channels_last, retake = (
             inputs
         )
-        ctx.save_for_backward(weight if retake else weight_values, weight_mask, input_values, input_mask)
+        # Without a gradient of the input the weight is free to change before the backward pass.
+        packed_weight = (weight if retake else weight_values, weight_mask) if ctx.needs_input_grad[0] else (None, None)
+        ctx.save_for_backward(*packed_weight, input_values, input_mask)
         ctx.retake = retake
         ctx.kept = weight_values.shape[0]
         ctx.sizes = (input.shape, weight.shape)
@@ -295,6 +225,7 @@ def _register_gradient(
                 input_size,
                 *ctx.geometry,
                 ctx.channels_last,
+                plain=plain_input_grad,
             )
         if ctx.needs_input_grad[1]:
             if input_values is None:
@@ -311,19 +242,23 @@ def _register_gradient(
                 weight_size,
                 *ctx.geometry,
                 ctx.weight_channels_last,
+                plain=plain_weight_grad,
             )
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3))
         return grad_input, grad_weight, grad_bias, *[None] * 10
 
-    return with_gradient(name, setup_context, backward)
+    return with_gradient(name, setup_context, backward, plain=convolution)
 
 
 #: The convolution of each backend, as layers call it: positional arguments of ``swat_ext::conv2d``.
 CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
     "sparse": _register_gradient("conv2d", torch.ops.swat_ext.conv2d_input_grad, weight_grad),
     "dense": _register_gradient(
-        "masked_conv2d", torch.ops.swat_ext.masked_conv2d_input_grad, torch.ops.swat_ext.masked_conv2d_weight_grad
+        "masked_conv2d",
+        torch.ops.swat_ext.masked_conv2d_input_grad,
+        torch.ops.swat_ext.masked_conv2d_weight_grad,
+        (masked.conv2d, masked.input_grad, masked.weight_grad),
     ),
 }
 for _name in ("conv2d", "masked_conv2d"):

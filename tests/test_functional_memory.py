@@ -25,7 +25,7 @@ def _saved(forward: object) -> list[Tensor]:
 
 @pytest.mark.parametrize("sparsity", [0.8, 0.9])
 def test_conv2d_saves_the_packed_tensors_alone(sparsity: float, isa: str, generator: torch.Generator) -> None:
-    input = torch.randn(16, 32, 16, 16, generator=generator).relu()
+    input = torch.randn(16, 32, 16, 16, generator=generator).relu().requires_grad_()
     weight = torch.randn(32, 32, 3, 3, generator=generator, requires_grad=True)
     thresholds = {
         f"{name}_threshold": functional.kth_magnitude(tensor, functional.keep_count(tensor.numel(), sparsity))

@@ -203,3 +203,18 @@ def test_results_own_their_memory(isa: str, generator: torch.Generator) -> None:
     values = packed.values.clone()
     input.zero_()
     assert_identical(packed.values, values, "values after the input was overwritten")
+
+
+@pytest.mark.parametrize("size", [(7, 3, 5, 11), (5, 2, 32, 32), (2000, 3), (9, 70, 1, 1), (3, 0, 2, 2), (4,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_part_is_a_slice_of_the_whole(size: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    input = torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values, mask, _ = functional.compress(input, 0.6)
+    whole = torch.ops.swat_ext.decompress(values, mask, size, False)
+    for begin, end in ((0, size[0]), (1, 3), (2, 2), (0, 1), (size[0] - 1, size[0])):
+        for channels_last in (False, True)[: 1 + (len(size) == 4)]:
+            part = torch.ops.swat_ext.decompress_part(values, mask, size, begin, end, channels_last)
+            assert torch.equal(part, whole[begin:end])
+    for begin, end in ((-1, 2), (2, 1), (0, size[0] + 1)):
+        with pytest.raises(RuntimeError, match="begin: expected 0 <= begin <= end <= size"):
+            torch.ops.swat_ext.decompress_part(values, mask, size, begin, end, False)

@@ -84,6 +84,12 @@ def _decompressions() -> list[tuple[Any, ...]]:
     ]
 
 
+def _parts() -> list[tuple[Any, ...]]:
+    return [
+        (*packed, size, 0, size[0] // 2, channels_last) for *packed, size, channels_last in _decompressions() if size
+    ]
+
+
 def _takes() -> list[tuple[Any, ...]]:
     inputs = [_randn(2, 3, 5, 7), _randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last), _randn(3, 0)]
     packed = [functional.compress(input, _THRESHOLD) for input in inputs]
@@ -175,6 +181,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "conv2d_input_grad": _input_grads,
     "conv2d_weight_grad": _weight_grads,
     "decompress": _decompressions,
+    "decompress_part": _parts,
     "kth_magnitude": _magnitudes,
     "masked_conv2d": _convolutions,
     "masked_conv2d_input_grad": _input_grads,

@@ -163,19 +163,36 @@ Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
   });
 }
 
-Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+// Elements [begin, end) of the first dimension of a packed tensor; of one without dimensions, its element.
+Tensor unpack(const Tensor& values, const Tensor& mask, const Ints& size, int64_t begin, int64_t end,
+              bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
     const int64_t numel = product(size);
     check_packed("packed", values, mask, numel);
     STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
                     to_string(size));
-    Tensor output = empty(size, values.scalar_type(), channels_last);
-    if (numel > 0) {
-      cpu::decompress<T>(cpu::active(), torch_threads(), packed<T>(values, mask, numel),
-                         *planes<T>(output, output.mutable_data_ptr<T>()));
+    Ints part = size;
+    if (!part.empty()) part[0] = end - begin;
+    Tensor output = empty(part, values.scalar_type(), channels_last);
+    if (output.numel() > 0) {
+      cpu::PlanesView<T> view = *planes<T>(output, output.mutable_data_ptr<T>());
+      view.first = begin == 0 ? 0 : numel / size[0] * begin;
+      cpu::decompress<T>(cpu::active(), torch_threads(), packed<T>(values, mask, numel), view);
     }
     return output;
   });
+}
+
+Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+  return unpack(values, mask, size, 0, size.empty() ? 1 : size[0], channels_last);
+}
+
+Tensor decompress_part(const Tensor& values, const Tensor& mask, const Ints& size, int64_t begin, int64_t end,
+                       bool channels_last) {
+  STD_TORCH_CHECK(!size.empty() && 0 <= begin && begin <= end && end <= size[0],
+                  "begin: expected 0 <= begin <= end <= size[0], got ", begin, " to ", end, " of size ",
+                  to_string(size));
+  return unpack(values, mask, size, begin, end, channels_last);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
@@ -231,6 +248,7 @@ SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("compress", TORCH_BOX(&swat::compress));
   m.impl("take", TORCH_BOX(&swat::take));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
+  m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));
   m.impl("conv2d", TORCH_BOX(&swat::conv2d));
   m.impl("conv2d_input_grad", TORCH_BOX(&swat::conv2d_input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&swat::conv2d_weight_grad));

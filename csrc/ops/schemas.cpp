@@ -10,6 +10,9 @@ SWAT_LIBRARY(m) {
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
+      "decompress_part(Tensor values, Tensor mask, SymInt[] size, SymInt begin, SymInt end, bool channels_last) -> "
+      "Tensor");
+  m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor weight_values, Tensor weight_mask, Tensor? "
       "input_values, "
       "Tensor? input_mask, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last, "

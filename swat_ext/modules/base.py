@@ -321,9 +321,9 @@ class SWATLayer(nn.Module):
 
     def advance(self) -> None:
         """Count one optimizer step, just made on the weight; called by :class:`swat_ext.SWATScheduler`."""
-        self._clock[ops.CLOCK_STEPS] += 1
-        self._clock[ops.CLOCK_VERSION] = self.weight._version
-        self._clock[ops.CLOCK_POINTER] = self.weight.data_ptr()
+        fields = self._clock.tolist()
+        fields[:3] = (fields[ops.CLOCK_STEPS] + 1, self.weight._version, self.weight.data_ptr())
+        self._clock.copy_(torch.tensor(fields))
         self._restored = False
 
     def selection_state(self) -> dict[str, Any]:

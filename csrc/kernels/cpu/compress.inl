@@ -195,13 +195,13 @@ inline void count_blocks(const uint64_t* words, int64_t numel, int64_t begin, in
 // Write planes [begin, end) from the packed form, dropped elements zero.
 template <typename T>
 void decompress_planes(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end) {
-  const T* value = packed.values + rank(packed, begin * view.pixels);
+  const T* value = packed.values + rank(packed, view.first + begin * view.pixels);
   for (int64_t plane = begin; plane < end; ++plane) {
     T* out = view.data + plane / view.channels * view.outer_stride + plane % view.channels * view.channel_stride;
     const int64_t pixels = std::min(view.pixels, view.numel - plane * view.pixels);
     for (int64_t i = 0; i < pixels; ++i) out[i * view.pixel_stride] = 0;
-    for_each_bit(packed.words, plane * view.pixels, plane * view.pixels + pixels,
-                 [&](int64_t i) { out[i * view.pixel_stride] = *value++; });
+    const int64_t position = view.first + plane * view.pixels;
+    for_each_bit(packed.words, position, position + pixels, [&](int64_t i) { out[i * view.pixel_stride] = *value++; });
   }
 }
 

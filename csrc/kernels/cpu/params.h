@@ -38,6 +38,7 @@ struct PlanesView {
   int64_t channels, pixels;
   int64_t numel;  // the last plane may be short where the tensor is one contiguous run cut in planes
   int64_t outer_stride, channel_stride, pixel_stride;
+  int64_t first = 0;  // where a part of a packed tensor begins in it, in elements; for decompress alone
 };
 
 // ---- Selection --------------------------------------------------------------------------------------------------------------
