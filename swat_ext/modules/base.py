@@ -15,7 +15,7 @@ from swat_ext.functional import Packed, decompress
 from swat_ext.modules.backend import Choice, choose_backend
 from swat_ext.modules.choices import Choices
 from swat_ext.modules.measure import can_measure
-from swat_ext.modules.selection import Evaluated, evaluated, kept, kept_ratio, refuse_tracing, select_exactly
+from swat_ext.modules.selection import kept, kept_ratio, refuse_tracing, select_exactly, select_exactly_again
 from swat_ext.modules.shared import SharedPack, attach, find, has_identity
 
 __all__ = ["SWATLayer"]
@@ -66,7 +66,7 @@ class SWATLayer(nn.Module):
         self._clock[ops.CLOCK_STEPS] = 0
         self._restored = False
         self._selection: object | None = None  # the selection that activation_threshold is from
-        self._evaluated: Evaluated | None = None
+        self._exact_threshold: Tensor | None = None  # of the last evaluation
         for name in ("weight_threshold", "activation_threshold"):
             zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
             self.register_buffer(name, zero, persistent=False)
@@ -223,10 +223,8 @@ class SWATLayer(nn.Module):
         weight = self.weight.detach()
         if self.training:
             return self._select(weight, self.weight_threshold, _WEIGHT, self._weight_ratio)
-        if (found := evaluated(self.weight, self._weight_ratio, self._evaluated)) is None:
-            return select_exactly(weight, self._weight_ratio)
-        self._evaluated = found
-        return found.packed
+        packed, self._exact_threshold = select_exactly_again(weight, self._weight_ratio, self._exact_threshold)
+        return packed
 
     @property
     def packed_form(self) -> Hashable:
@@ -384,21 +382,14 @@ class SWATLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling and deepcopy: the copy's weight has another version and another address, and that is not a step.
-        return {**self.__dict__, "_clock": self._looked(), "_selection": None, "_evaluated": None}
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self._evaluated = None
-        return super().train(mode)
+        return {**self.__dict__, "_clock": self._looked(), "_selection": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._evaluated = None
         self._forget_version()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
-            self._evaluated = None
             self._forget_version()
             # Thresholds of other weights mean nothing, unless a scheduler has just restored those of the ones to come.
             if not self._restored:
@@ -422,7 +413,7 @@ _OWN_ATTRIBUTES = (
     "_clock",
     "_restored",
     "_selection",
-    "_evaluated",
+    "_exact_threshold",
     "_weight_ratio",
     "_activation_ratio",
     "_choice",

@@ -1,19 +1,15 @@
 """How many elements a selection keeps, and a selection made for one call alone."""
 
-import weakref
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swat_ext import ops
 from swat_ext.functional import Packed
 from swat_ext.modules.shared import has_identity
 
-__all__ = ["Evaluated", "evaluated", "kept", "kept_ratio", "refuse_tracing", "select_exactly"]
-
-_SAMPLES = 64
+__all__ = ["kept", "kept_ratio", "refuse_tracing", "select_exactly", "select_exactly_again"]
 
 
 def kept_ratio(sparsity: float) -> tuple[int, int]:
@@ -28,61 +24,44 @@ def kept(numel: int, ratio: tuple[int, int]) -> int:
 
 def select_exactly(tensor: Tensor, ratio: tuple[int, int]) -> Packed:
     """``tensor`` packed with a threshold of its own."""
-    if tensor.numel():
-        threshold = torch.ops.swat_ext.kth_magnitude(tensor, kept(tensor.numel(), ratio))
-    else:
-        threshold = tensor.new_zeros(())
+    return _packed(tensor, _threshold(tensor, ratio), ratio)
+
+
+def select_exactly_again(
+    tensor: Tensor, ratio: tuple[int, int], threshold: Tensor | None
+) -> tuple[Packed, Tensor | None]:
+    """:func:`select_exactly`, faster where ``threshold``, from the call before, still fits.
+
+    On the CPU it fits if as many elements as are to be kept reach it: those are then the largest, whatever has happened
+    to the tensor. On CUDA the host would have to wait for their number, and a selection takes less.
+
+    Returns:
+        What is kept, and the threshold for the next call.
+    """
+    if tensor.device.type != "cpu" or not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0:
+        return select_exactly(tensor, ratio), None
+    if threshold is not None and threshold.dtype == tensor.dtype:
+        packed = _packed(tensor, threshold, ratio)
+        if packed.values.numel() == kept(tensor.numel(), ratio):
+            return packed, threshold
+    threshold = _threshold(tensor, ratio)
+    return _packed(tensor, threshold, ratio), threshold
+
+
+def _threshold(tensor: Tensor, ratio: tuple[int, int]) -> Tensor:
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    found: Tensor = torch.ops.swat_ext.kth_magnitude(tensor, kept(tensor.numel(), ratio))
+    return found
+
+
+def _packed(tensor: Tensor, threshold: Tensor, ratio: tuple[int, int]) -> Packed:
     limits = {}
     if tensor.device.type != "cpu":
         keep = kept(tensor.numel(), ratio)
         limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
     values, mask = torch.ops.swat_ext.compress(tensor, threshold, **limits)
     return Packed(values, mask, tensor.shape)
-
-
-class Evaluated(NamedTuple):
-    """The packed weight of an evaluation, for the next one.
-
-    Attributes:
-        weight: the parameter that it was selected from.
-        state: its version, address, dtype and strides, and the share kept.
-        sample: some of its elements. ``weight.data.mul_()``, as averages of models are often written, changes no
-            version: what changes all elements shows here, a few changed by ``.data`` pass unseen, as by autograd.
-        packed: what was selected.
-    """
-
-    weight: weakref.ref[Tensor]
-    state: tuple[object, ...]
-    sample: Tensor
-    packed: Packed
-
-
-def evaluated(weight: Tensor, ratio: tuple[int, int], before: Evaluated | None) -> Evaluated | None:
-    """``before`` if it still holds for ``weight``, else a new selection; None where none may be kept.
-
-    Kept are selections from parameters on the CPU whose changes show: not from inference tensors, which count no
-    versions, and not what is traced. Looking at a sample would wait for a CUDA device, which selects in less.
-    """
-    if not has_identity(weight) or torch._C._len_torch_dispatch_stack() > 0:
-        return None
-    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
-        return None
-    if weight.numel() == 0 or not _is_dense(weight):
-        return None
-    # Of inference mode it would serve inference mode alone.
-    with torch.inference_mode(False), torch.no_grad():
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.stride(), ratio)
-        step = max(1, weight.numel() // _SAMPLES)
-        # As it lies in memory: in logical order a channels_last weight would be copied first.
-        sample = weight.as_strided((weight.numel() // step,), (step,))
-        known = before is not None and before.weight() is weight and before.state == state
-        if before is not None and known and torch.equal(before.sample, sample):
-            return before
-        return Evaluated(weakref.ref(weight), state, sample.clone(), select_exactly(weight.detach(), ratio))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def refuse_tracing(input: object) -> None:
