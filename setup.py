@@ -125,6 +125,8 @@ def extension(sources: dict[str, Any], torch_version: str, cuda: bool) -> Extens
         define("SWAT_FLAGS", " ".join(flags)),
         define("SWAT_TORCH_VERSION", torch_version),
         *(["-DSWAT_CUDA"] if cuda else []),
+        # Messages of failed checks name the source file: not by where it lay on the machine that built it.
+        *(f"-fmacro-prefix-map={folder}/=" for folder in (ROOT, *include_paths(device))),
     ]
     return Extension(
         "swat_ext._C",

@@ -67,14 +67,24 @@ def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor
 
 
 def as_threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
-    """The threshold as a 0-dim tensor of ``like``'s dtype and device."""
+    """The threshold as a 0-dim tensor of ``like``'s dtype and device.
+
+    Raises:
+        TypeError, ValueError: no number, NaN as a float, or negative (not looked for in tensors on a GPU).
+    """
     if isinstance(threshold, Tensor):
         if threshold.numel() != 1 or threshold.is_complex():
             raise ValueError(f"{name}: expected one real number, got a tensor of shape {tuple(threshold.shape)}")
+        if threshold.dtype == torch.bool:
+            raise TypeError(f"{name}: expected a float or a 0-dim tensor, got a tensor of dtype {threshold.dtype}")
+        # To look at one on a GPU would wait for it; what is traced has no value yet. NaN may come from kth_magnitude.
+        known = threshold.device.type == "cpu" and type(threshold) in (Tensor, torch.nn.Parameter)
+        if known and not torch.compiler.is_compiling() and threshold.item() < 0:
+            raise ValueError(f"{name}: expected at least 0, got {threshold.item()}")
         return threshold.detach().reshape(()).to(dtype=like.dtype, device=like.device)
-    if not isinstance(threshold, (int, float)):
+    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
         raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(threshold).__name__}")
-    if threshold < 0:
+    if not threshold >= 0:  # nor NaN
         raise ValueError(f"{name}: expected at least 0, got {threshold}")
     return torch.full((), threshold, dtype=like.dtype, device=like.device)
 

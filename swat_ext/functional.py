@@ -96,7 +96,7 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
         TypeError: wrong type or dtype. ValueError: ``k`` out of range.
     """
     check_tensor("input", input)
-    if not isinstance(k, int):
+    if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an integer, got {k!r}")
     if not 1 <= k <= input.numel():
         raise ValueError(f"k: expected from 1 to input.numel() = {input.numel()}, got {k}")

@@ -104,7 +104,17 @@ class _InplaceReLU(torch.autograd.Function):
 
 
 def relu_(input: Tensor) -> Tensor:
-    """ReLU of ``input`` in place, which saves one bit an element; returns ``input``."""
+    """ReLU of ``input`` in place, which saves one bit an element; returns ``input``.
+
+    Raises:
+        RuntimeError: elements of ``input`` share memory, as those of an expanded tensor do.
+    """
+    shared = any(step == 0 and size > 1 for size, step in zip(input.shape, input.stride(), strict=True))
+    if shared and input.numel() > 0:
+        raise RuntimeError(
+            "input: more than one element of the tensor to write to refers to a single memory location, as in an "
+            f"expanded one, got shape {tuple(input.shape)} and stride {input.stride()}; clone() it first"
+        )
     output: Tensor = _InplaceReLU.apply(input)
     return output
 

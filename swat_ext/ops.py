@@ -24,6 +24,7 @@ from swat_ext.layout import empty, is_channels_last
 __all__ = [
     "CONVOLUTIONS",
     "REFRESH_SLACK",
+    "bias_grad",
     "capacity",
     "convolution_size",
     "mask_words",
@@ -37,6 +38,9 @@ _BITS_PER_BLOCK = 1024
 # A stale threshold may let a quarter more than its budget pass, or 64 elements more, before it is selected again.
 REFRESH_SLACK = 1.25
 _REFRESH_FLOOR = 64
+
+# Parts of a lone bias gradient that are summed apart: their number does not follow that of the threads.
+_BIAS_PARTS = 64
 
 # Fields of a layer's clock, an int64 tensor on the CPU; slot i is due for selection at the step in field CLOCK_DUE + i.
 CLOCK_STEPS, CLOCK_VERSION, CLOCK_POINTER, CLOCK_DUE = 0, 1, 2, 4
@@ -179,6 +183,19 @@ def weight_grad(grad_output: Tensor, *arguments: Any) -> Tensor:
     return torch.ops.swat_ext.conv2d_weight_grad(grad_output, *arguments, allow_tf32=allowed)
 
 
+def bias_grad(grad_output: Tensor) -> Tensor:
+    """Sum of ``grad_output`` ``[N, O, H, W]`` over all but its channels, the same bits for any number of threads.
+
+    PyTorch shares channels over its threads, but splits a sum that is one number by how many threads there are.
+    """
+    if grad_output.shape[1] != 1 or grad_output.device.type != "cpu":
+        return grad_output.sum((0, 2, 3))
+    flat = grad_output.reshape(-1)
+    share = flat.shape[0] // _BIAS_PARTS
+    whole = _BIAS_PARTS * share
+    return (flat[:whole].view(_BIAS_PARTS, share).sum(1).sum() + flat[whole:].sum()).view(1)
+
+
 def _register_gradient(
     name: str,
     input_grad: Callable[..., Tensor],
@@ -245,7 +262,7 @@ def _register_gradient(
                 plain=plain_weight_grad,
             )
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum((0, 2, 3))
+            grad_bias = bias_grad(grad_output)
         return grad_input, grad_weight, grad_bias, *[None] * 10
 
     return with_gradient(name, setup_context, backward, plain=convolution)

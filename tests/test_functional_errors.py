@@ -1,6 +1,7 @@
 """Bad input raises an exception that names the argument, what was expected and what came."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ _CASES: list[tuple[str, Callable[[], Any], type[Exception], str, str]] = [
     ("k above", lambda: functional.kth_magnitude(_VALUES, 101), ValueError, "k", "100.*got 101"),
     ("nothing to select", lambda: functional.kth_magnitude(torch.empty(0), 1), ValueError, "k", "0.*got 1"),
     ("k float", lambda: functional.kth_magnitude(_VALUES, 2.5), TypeError, "k", "got.*(float|2.5)"),
+    ("k bool", lambda: functional.kth_magnitude(_VALUES, True), TypeError, "k", "integer.*True"),
     ("list", lambda: functional.kth_magnitude([1.0], 1), TypeError, "input", "Tensor.*list"),
     ("integers", lambda: functional.kth_magnitude(torch.arange(3), 1), TypeError, "input", "float32 or float64.*int64"),
     ("half", lambda: functional.kth_magnitude(_VALUES.half(), 1), TypeError, "input", "float32 or float64.*float16"),
@@ -68,6 +70,10 @@ _CASES: list[tuple[str, Callable[[], Any], type[Exception], str, str]] = [
     ("complex", lambda: functional.compress(_VALUES.to(torch.complex64), 0), TypeError, "input", "float32.*complex64"),
     ("sparse layout", lambda: functional.compress(_VALUES.to_sparse(), 0), TypeError, "input", "strided.*sparse"),
     ("below 0", lambda: functional.compress(_VALUES, -1.0), ValueError, "threshold", "at least 0.*-1.0"),
+    ("not a number", lambda: functional.compress(_VALUES, float("nan")), ValueError, "threshold", "at least 0.*nan"),
+    ("truth", lambda: functional.compress(_VALUES, True), TypeError, "threshold", "float.*bool"),
+    ("tensor below 0", lambda: functional.compress(_VALUES, torch.tensor(-2.0)), ValueError, "threshold", "0.*-2.0"),
+    ("true tensor", lambda: functional.compress(_VALUES, torch.tensor(True)), TypeError, "threshold", "float.*bool"),
     ("text", lambda: functional.compress(_VALUES, "0.5"), TypeError, "threshold", "float.*str"),
     ("two", lambda: functional.compress(_VALUES, torch.zeros(2)), ValueError, "threshold", r"one.*\(2,\)"),
     # --- decompress
@@ -179,6 +185,18 @@ def test_message(call: Callable[[], Any], error: type[Exception], argument: str,
     with pytest.raises(error, match=f"(?s)^{argument}: .*{words}") as caught:
         call()
     assert len(str(caught.value)) < 250, "one readable sentence"
+
+
+def test_messages_do_not_name_the_folder_of_the_build() -> None:
+    with pytest.raises(RuntimeError, match=r"csrc/ops/.*k: expected") as refused:
+        torch.ops.swat_ext.kth_magnitude(_VALUES, 101)
+    assert str(Path(__file__).resolve().parents[1]) not in str(refused.value)
+
+
+def test_a_threshold_of_nan_elements_is_taken() -> None:
+    values = torch.tensor([1.0, torch.nan, -2.0])
+    packed = functional.compress(values, functional.kth_magnitude(values, 1))
+    assert packed.values.numel() == 3
 
 
 def test_weight_gradient_without_a_packed_input() -> None:

@@ -110,12 +110,14 @@ def test_special_values(dtype: torch.dtype, isa: str) -> None:
     )
     for repeats in (1, 7, 200):
         repeated = input.repeat(repeats)
-        for threshold in (0.0, smallest, 2.0, torch.inf, torch.nan):
+        for threshold in (0.0, smallest, 2.0, torch.inf, torch.tensor(torch.nan)):
             _assert_same_as_reference(repeated, threshold, f"threshold {threshold}")
     nonfinite = functional.compress(input, torch.inf).values
     assert nonfinite.isnan().sum() == 2, "NaN was dropped"
     assert nonfinite.isinf().sum() == 2, "infinity was dropped"
-    assert functional.compress(input, torch.nan).values.numel() == 7, "a threshold of NaN keeps all but zeros"
+    assert functional.compress(input, torch.tensor(torch.nan)).values.numel() == 7, (
+        "a threshold of NaN keeps all but zeros"
+    )
     assert functional.compress(input, 0.0).values.numel() == 7, "zeros are not stored, denormals are"
 
 
@@ -138,9 +140,9 @@ def test_every_single_bit(isa: str) -> None:
 @hypothesis.given(
     values=st.lists(st.floats(width=32), max_size=80),
     repeats=st.integers(1, 40),
-    threshold=st.floats(min_value=0, width=32) | st.just(math.nan),
+    threshold=st.floats(min_value=0, width=32) | st.just(torch.tensor(math.nan)),
 )
-def test_property_same_as_reference(values: list[float], repeats: int, threshold: float) -> None:
+def test_property_same_as_reference(values: list[float], repeats: int, threshold: float | Tensor) -> None:
     input = torch.tensor(values * repeats, dtype=torch.float32)
     packed = _assert_same_as_reference(input, threshold, "hypothesis")
     dense = functional.decompress(packed)

@@ -257,6 +257,22 @@ _FOR_THREADS = {
 }
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
+def test_bias_of_one_output(layout: str, restore_threads: None) -> None:
+    rng = random.Random(layout)
+    input, weight = torch.randn(5, 2, 120, 130), torch.randn(1, 2, 1, 1)
+    bias = torch.zeros(1, requires_grad=True)
+    grad_output = in_layout(torch.randn(5, 1, 120, 130), layout, rng)
+    first = None
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        output = functional.conv2d(input, weight, bias, weight_threshold=0, activation_threshold=0)
+        grad = torch.autograd.grad(output, bias, grad_output)[0]
+        torch.testing.assert_close(grad.double(), grad_output.double().sum().view(1), rtol=1e-5, atol=1e-2)
+        first = grad if first is None else first
+        assert_identical(grad, first, f"{layout}, {threads} threads")
+
+
 @pytest.mark.parametrize("name", _FOR_THREADS)
 def test_threads_do_not_matter(name: str, isa: str, restore_threads: None) -> None:
     geometry, rng = _FOR_THREADS[name], random.Random(name)

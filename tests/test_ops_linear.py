@@ -109,14 +109,28 @@ def test_empty_sizes_as_in_pytorch(sizes: tuple[tuple[int, ...], ...], isa: str,
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("rows", [100_003, 70, 3])
+def test_bias_of_one_output(rows: int, generator: torch.Generator, restore_threads: None) -> None:
+    input, weight = torch.randn(rows, 3, generator=generator), torch.randn(1, 3, generator=generator)
+    bias = torch.zeros(1, requires_grad=True)
+    grad_output = torch.randn(rows, 1, generator=generator)
+    first = None
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        output = functional.linear(input, weight, bias, weight_threshold=0, activation_threshold=0)
+        grad = torch.autograd.grad(output, bias, grad_output)[0]
+        torch.testing.assert_close(grad.double(), grad_output.double().sum(0), rtol=1e-5, atol=1e-4)
+        first = grad if first is None else first
+        assert_identical(grad, first, f"{threads} threads")
+
+
 def test_threads_do_not_matter(isa: str, generator: torch.Generator, restore_threads: None) -> None:
     tensors = [torch.randn(size, generator=generator).requires_grad_() for size in ((203, 130), (75, 130), (75,))]
     first = None
     for threads in (1, 2, 3, 4, 1):
         torch.set_num_threads(threads)
         output = functional.linear(*tensors, weight_threshold=0.9, activation_threshold=0.9)
-        # The bias gradient is PyTorch's own sum, which is not promised.
-        results = [output.detach(), *torch.autograd.grad(output.square().sum(), tensors[:2])]
+        results = [output.detach(), *torch.autograd.grad(output.square().sum(), tensors)]
         first = first or results
         for got, want in zip(results, first, strict=True):
             assert_identical(got, want, f"{threads} threads")

@@ -13,7 +13,7 @@ from held import saved_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swat_ext import SWATConfig, sparsify_
+from swat_ext import SWATConfig, layer_ops, sparsify_
 from swat_ext.models import resnet18
 from swat_ext.modules import SWATReLU
 
@@ -128,6 +128,13 @@ def test_checkpointing_and_copies() -> None:
     relu = copy.deepcopy(SWATReLU())
     checkpoint(relu, x, use_reentrant=False).sum().backward()
     assert torch.equal(x.grad, (x > 0).float())
+
+
+def test_in_place_refuses_elements_that_share_memory() -> None:
+    x = torch.randn(1, 3).expand(4, 3)
+    with pytest.raises(RuntimeError, match=r"input: more than one element .* got shape \(4, 3\) and stride \(0, 1\)"):
+        layer_ops.relu_(x)
+    assert torch.equal(layer_ops.relu_(torch.randn(1, 3).expand(1, 3)) >= 0, torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_wrong_arguments_are_named() -> None:
