@@ -7,15 +7,10 @@ kept. Blocks in use and kept together never take more than those in use took at 
 more that are more than a 32nd of that peak, decide the peak of a process: they stay only while the process as a whole,
 tensors of PyTorch's own included, is as far below the most that it ever needed as they are large (Linux; elsewhere
 they go back at once). Smaller ones stay until :func:`empty_cache`, even where tensors of PyTorch's own then need as
-<<<<<<< HEAD
-much again, so that a process may be larger with the cache than without it, by at most that peak. The environment
-variable ``SWAT_CPU_CACHE=0`` turns it off; it is read on import, which fails where it is neither 0 nor 1 nor unset.
-=======
 much again, so that a process may be larger with the cache than without it, by at most that peak.
 
 The environment variable ``SWAT_CPU_CACHE=0`` turns it off; it is read on import, which fails where it is neither ``0``,
 ``1`` nor unset.
->>>>>>> 0c8bf1bf0b36a6fd5a112ec19aaae36bcb759bd8
 """
 
 from typing import NamedTuple
