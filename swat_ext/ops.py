@@ -41,6 +41,7 @@ _REFRESH_FLOOR = 64
 
 # Parts of a lone bias gradient that are summed apart: their number does not follow that of the threads.
 _BIAS_PARTS = 64
+_LEAST_SPLIT = 1 << 14  # elements; PyTorch shares no sum of fewer than twice as many
 
 # Fields of a layer's clock, an int64 tensor on the CPU; slot i is due for selection at the step in field CLOCK_DUE + i.
 CLOCK_STEPS, CLOCK_VERSION, CLOCK_POINTER, CLOCK_DUE = 0, 1, 2, 4
@@ -188,12 +189,13 @@ def bias_grad(grad_output: Tensor) -> Tensor:
 
     PyTorch shares channels over its threads, but splits a sum that is one number by how many threads there are.
     """
-    if grad_output.shape[1] != 1 or grad_output.device.type != "cpu":
+    count = grad_output.numel()
+    if grad_output.shape[1] != 1 or grad_output.device.type != "cpu" or count < _LEAST_SPLIT:
         return grad_output.sum((0, 2, 3))
     flat = grad_output.reshape(-1)
-    share = flat.shape[0] // _BIAS_PARTS
-    whole = _BIAS_PARTS * share
-    return (flat[:whole].view(_BIAS_PARTS, share).sum(1).sum() + flat[whole:].sum()).view(1)
+    share, rest = divmod(count, _BIAS_PARTS)
+    total = flat.narrow(0, 0, count - rest).view(_BIAS_PARTS, share).sum(1).sum(0, keepdim=True)
+    return total + flat.narrow(0, count - rest, rest).sum() if rest else total
 
 
 def _register_gradient(

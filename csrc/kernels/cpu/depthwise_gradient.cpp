@@ -8,11 +8,12 @@
 namespace swat::cpu {
 namespace {
 
-constexpr int64_t kMostGroupOut = 4;           // from there on vectors of one group's output channels do well
-constexpr int64_t kPatchBytes = 40 << 10;      // activations of a tile as [pixel][lane], about L1
-constexpr int64_t kLeastColumns = 8;           // of a tile
-constexpr int64_t kMostExtent = 1 << 12;       // input pixels under one dilated kernel: what a patch holds at least
-constexpr int64_t kMostSlices = 8;             // sums kept apart, so that threads can share a small dW
+constexpr int64_t kMostGroupOut = 4;       // beyond, vectors of one group's output channels do well
+constexpr int64_t kMostPairs = 8;          // (input, output) channels of a group: more amortise the packing of its dy
+constexpr int64_t kPatchBytes = 40 << 10;  // activations of a tile as [pixel][lane], about L1
+constexpr int64_t kLeastColumns = 8;       // of a tile
+constexpr int64_t kMostExtent = 1 << 12;   // input pixels under one dilated kernel: what a patch holds at least
+constexpr int64_t kMostSlices = 8;         // sums kept apart, so that threads can share a small dW
 constexpr int64_t kPartialElements = 1 << 20;  // of all of them
 
 int64_t extent_height(const ConvGeometry& g) { return (g.kernel_height - 1) * g.dilation_height + 1; }
@@ -44,7 +45,7 @@ void plan_tiles(int64_t lanes, DepthwiseParams<T>& p) {
 }  // namespace
 
 bool suits_depthwise(const ConvGeometry& g, int64_t lanes) {
-  return g.group_out() <= kMostGroupOut && g.out_channels >= lanes / 2 &&
+  return g.group_out() <= kMostGroupOut && g.group_in() * g.group_out() <= kMostPairs && g.out_channels >= lanes / 2 &&
          extent_height(g) * extent_width(g) <= kMostExtent;
 }
 

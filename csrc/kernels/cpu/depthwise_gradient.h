@@ -7,7 +7,7 @@
 
 namespace swat::cpu {
 
-// Whether its kernel is the faster one, for vectors of `lanes` elements.
+// Whether its kernel is mostly the faster one, for vectors of `lanes` elements.
 bool suits_depthwise(const ConvGeometry& geometry, int64_t lanes);
 
 // As convolution_weight_grad, of an input that is not empty.
