@@ -119,7 +119,7 @@ class MemoryProfile:
         self.model, self.device = type(model).__name__, peak.device.type
         self.layers = tuple(
             LayerMemory(row[0], found.kind, found.calls, found.nbytes, None if dense is None else dense.get(row, 0))
-            for row, found in with_dense(model, recorder, dict(rows), dense or {}).items()
+            for row, found in with_dense(model, recorder, rows, dense or {}).items()
             if found.nbytes or (dense or {}).get(row)
         )
         self.held_bytes = sum(found.nbytes for found in rows.values())

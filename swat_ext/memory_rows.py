@@ -75,6 +75,7 @@ def with_dense(
     """``rows``, and those that only the dense network has, in the order of the modules' first forwards."""
     modules = dict(model.named_modules())
     order = {module: place for place, module in enumerate(recorder.calls)}
+    rows = dict(rows)
     for row in dense:
         if row not in rows and row[0] in modules:
             module = modules[row[0]]

@@ -24,6 +24,17 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def _train_in_tiles(layer: nn.Module, x: torch.Tensor, tiles: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward and backward, whose tiles are small and cover ``x`` once; the gradient of the output, and top(x)."""
+    output = layer(x)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    assert max(tiles) <= 4096
+    assert sum(tiles) == x.nbytes
+    threshold = functional.kth_magnitude(x, functional.keep_count(x.numel(), 0.7))
+    return grad, reference.top(x.double(), threshold.double())
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "groups"), [(3, 1, 1, 1), (1, 1, 0, 1), (3, 2, 2, 4)])
 def test_the_weight_gradient_unpacks_a_few_samples_at_a_time(
@@ -35,12 +46,7 @@ def test_the_weight_gradient_unpacks_a_few_samples_at_a_time(
     )
     x = torch.randn(13, 8, 7, 9)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    output = layer(x)
-    grad = torch.randn_like(output)
-    output.backward(grad)
-    assert max(tiles) <= 4096
-    assert sum(tiles) == x.nbytes
-    top = reference.top(x.double(), functional.kth_magnitude(x, functional.keep_count(x.numel(), 0.7)).double())
+    grad, top = _train_in_tiles(layer, x, tiles)
     weight = layer.weight.detach().double().requires_grad_()
     nn.functional.conv2d(top, weight, None, stride, padding, 1, groups).backward(grad.double())
     assert layer.weight.grad is not None
@@ -52,12 +58,7 @@ def test_a_linear_layer_unpacks_a_few_features_at_a_time(tiles: list[int]) -> No
     torch.manual_seed(0)
     layer = SWATLinear(37, 5, sparsity=0.5, activation_sparsity=0.7, backend="dense")
     x = torch.randn(3, 50, 37)
-    output = layer(x)
-    grad = torch.randn_like(output)
-    output.backward(grad)
-    assert max(tiles) <= 4096
-    assert sum(tiles) == x.nbytes
-    top = reference.top(x.double(), functional.kth_magnitude(x, functional.keep_count(x.numel(), 0.7)).double())
+    grad, top = _train_in_tiles(layer, x, tiles)
     assert layer.weight.grad is not None
     assert_close(layer.weight.grad, grad.double().flatten(0, 1).T @ top.flatten(0, 1), "weight gradient in tiles")
 

@@ -16,7 +16,7 @@ from swat_ext.modules.backend import Choice, choose_backend
 from swat_ext.modules.choices import Choices
 from swat_ext.modules.measure import can_measure
 from swat_ext.modules.selection import kept, kept_ratio, refuse_tracing, select_exactly, select_exactly_again
-from swat_ext.modules.shared import SharedPack, attach, find, has_identity
+from swat_ext.modules.shared import SharedPack, attach, find, has_identity, is_traced
 
 __all__ = ["SWATLayer"]
 
@@ -29,8 +29,7 @@ class SWATLayer(nn.Module):
 
     While training it keeps two thresholds and selects each anew every ``topk_period`` optimizer steps. It counts steps
     by the version of its weight, so any number of forwards between two steps count as one; an attached
-    :class:`swat_ext.SWATScheduler` counts for it. In evaluation it selects exactly, from the weight alone, and keeps
-    that until the weight changes or the layer goes back to training.
+    :class:`swat_ext.SWATScheduler` counts for it. In evaluation it selects exactly, from the weight alone.
 
     Attributes:
         sparsity: fraction of zeros in the weight, in [0, 1). Setting it selects anew at the next training forward.
@@ -280,8 +279,7 @@ class SWATLayer(nn.Module):
         return SharedPack(packed, key, self._selection, fresh, threshold, remaining)
 
     def _select(self, tensor: Tensor, threshold: Tensor, slot: int, ratio: tuple[int, int]) -> Packed:
-        traced = not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0
-        values, mask = (torch.ops.swat_ext.select if traced else ops.select)(
+        values, mask = (torch.ops.swat_ext.select if is_traced(tensor) else ops.select)(
             tensor,
             self.weight.detach(),
             threshold,
@@ -320,7 +318,8 @@ class SWATLayer(nn.Module):
     def advance(self) -> None:
         """Count one optimizer step, just made on the weight; called by :class:`swat_ext.SWATScheduler`."""
         fields = self._clock.tolist()
-        fields[:3] = (fields[ops.CLOCK_STEPS] + 1, self.weight._version, self.weight.data_ptr())
+        fields[ops.CLOCK_STEPS] += 1
+        fields[ops.CLOCK_VERSION], fields[ops.CLOCK_POINTER] = self.weight._version, self.weight.data_ptr()
         self._clock.copy_(torch.tensor(fields))
         self._restored = False
 

@@ -264,9 +264,8 @@ def _steps(
 
 def _twin(layer: "SWATLayer", problem: Problem, dtype: torch.dtype, backend: Any) -> "SWATLayer":
     """A layer over the same weights, with neither the hooks nor the state of ``layer``."""
-    made = next(
-        base for base in type(layer).__mro__ if "dense_class" in vars(base)
-    )  # as it is without parametrizations
+    # Parametrizations have put a class of their own before it.
+    made = next(base for base in type(layer).__mro__ if "dense_class" in vars(base))
     twin: Any = object.__new__(made)
     nn.Module.__init__(twin)
     for name, value in vars(layer).items():

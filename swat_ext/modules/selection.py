@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swat_ext import ops
 from swat_ext.functional import Packed
-from swat_ext.modules.shared import has_identity
+from swat_ext.modules.shared import is_traced
 
 __all__ = ["kept", "kept_ratio", "refuse_tracing", "select_exactly", "select_exactly_again"]
 
@@ -38,7 +38,7 @@ def select_exactly_again(
     Returns:
         What is kept, and the threshold for the next call.
     """
-    if tensor.device.type != "cpu" or not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0:
+    if tensor.device.type != "cpu" or is_traced(tensor):
         return select_exactly(tensor, ratio), None
     if threshold is not None and threshold.dtype == tensor.dtype:
         packed = _packed(tensor, threshold, ratio)

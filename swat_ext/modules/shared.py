@@ -15,7 +15,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from swat_ext.functional import Packed
 
-__all__ = ["SharedPack", "attach", "find", "has_identity"]
+__all__ = ["SharedPack", "attach", "find", "has_identity", "is_traced"]
 
 
 class SharedPack(NamedTuple):
@@ -55,6 +55,11 @@ _known = WeakTensorKeyDictionary()
 def has_identity(tensor: Tensor) -> bool:
     """Whether ``tensor`` stands for values of its own: not while it is traced."""
     return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether operators on ``tensor`` have to go through the dispatcher whole, for the compiler or a mode to see."""
+    return not has_identity(tensor) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def attach(tensor: Tensor, shared: SharedPack) -> None:

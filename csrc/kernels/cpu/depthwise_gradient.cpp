@@ -13,8 +13,6 @@ constexpr int64_t kMostPairs = 8;          // (input, output) channels of a grou
 constexpr int64_t kPatchBytes = 40 << 10;  // activations of a tile as [pixel][lane], about L1
 constexpr int64_t kLeastColumns = 8;       // of a tile
 constexpr int64_t kMostExtent = 1 << 12;   // input pixels under one dilated kernel: what a patch holds at least
-constexpr int64_t kMostSlices = 8;         // sums kept apart, so that threads can share a small dW
-constexpr int64_t kPartialElements = 1 << 20;  // of all of them
 
 int64_t extent_height(const ConvGeometry& g) { return (g.kernel_height - 1) * g.dilation_height + 1; }
 int64_t extent_width(const ConvGeometry& g) { return (g.kernel_width - 1) * g.dilation_width + 1; }
@@ -69,8 +67,7 @@ void depthwise_weight_grad(const KernelTable& table, const Parallel& parallel, c
 
   const int64_t blocks = ceil_div(g.out_channels, kernels.lanes);
   const int64_t slice_elements = blocks * g.group_in() * g.taps() * kernels.lanes;
-  const int64_t most_slices = std::min(kMostSlices, std::max<int64_t>(params.tiles(), 1));
-  params.slices = std::clamp<int64_t>(kPartialElements / slice_elements, 1, most_slices);
+  params.slices = fitting_slices(params.tiles(), slice_elements);
   Buffer<T> partial(params.slices * slice_elements);
   std::fill_n(partial.data(), params.slices * slice_elements, T{0});
   params.partial = partial.data();

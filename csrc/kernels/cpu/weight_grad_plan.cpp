@@ -14,7 +14,7 @@ constexpr int64_t kListBytes = 256 << 10;    // their lists of activations
 constexpr int64_t kDirectBytes = 256 << 10;  // the same where all tiles are packed together
 constexpr int64_t kDirectListBytes = 2 << 20;
 constexpr int64_t kReadBytes = 128;            // of one pixel of dy at once: neighbouring cache lines
-constexpr int64_t kPartialElements = 1 << 20;  // sums kept apart
+constexpr int64_t kPartialElements = 1 << 20;  // sums kept apart, all slices together
 constexpr int64_t kMostSlices = 8;
 constexpr int64_t kRunTaps = 3;     // taps a run has along one axis at most
 constexpr int64_t kLongRow = 4096;  // columns of a tile at most
@@ -90,6 +90,11 @@ int64_t even_cut(int64_t whole, int64_t most) {
   return ceil_div(std::max<int64_t>(whole, 1), ceil_div(std::max<int64_t>(whole, 1), most));
 }
 
+int64_t fitting_slices(int64_t tiles, int64_t elements) {
+  const int64_t most = std::min(kMostSlices, std::max<int64_t>(tiles, 1));
+  return std::clamp<int64_t>(kPartialElements / elements, 1, most);
+}
+
 WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, int64_t lanes,
                                 int64_t (*most_vectors)(int64_t taps), double density) {
   WeightGradPlan plan;
@@ -143,9 +148,7 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   const int64_t tiles = plan.tiles_n * plan.tiles_h * plan.tiles_w;
   const int64_t width_elements = plan.vectors * lanes, blocks = ceil_div(g.group_out(), width_elements);
   const int64_t elements = g.groups * blocks * width_elements * g.group_in() * g.taps();
-  const int64_t most_slices = std::min(kMostSlices, std::max<int64_t>(tiles, 1));
-  const int64_t fitting = std::clamp<int64_t>(kPartialElements / elements, 1, most_slices);
-  plan.slices = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(fitting)));
+  plan.slices = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(fitting_slices(tiles, elements))));
 
   // A large dW is better finished in one go than visited once a batch.
   plan.direct = plan.slices == 1 && tiles * grad_bytes <= kDirectBytes &&

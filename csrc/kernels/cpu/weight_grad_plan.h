@@ -11,6 +11,10 @@ namespace swat::cpu {
 // The size of even pieces of `whole`: as few as `most` allows, as equal as can be.
 int64_t even_cut(int64_t whole, int64_t most);
 
+// Parts of `tiles` whose sums, of so many elements each, are kept apart, so that threads can share a small dW: as many whatever
+// the number of threads.
+int64_t fitting_slices(int64_t tiles, int64_t elements);
+
 struct WeightGradPlan {
   int64_t vectors = 1;
   int64_t tile_samples = 1, tile_rows = 1, tile_columns = 1;
