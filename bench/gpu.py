@@ -18,9 +18,9 @@ from common import commit, markdown, percentages, today, write_json
 from torch import Tensor, nn
 
 import swat_ext
-from swat_ext import ops
-from swat_ext.arguments import HAS_CUDA
 from swat_ext.models.resnet import resnet50
+from swat_ext.ops import library as ops
+from swat_ext.ops.arguments import HAS_CUDA
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 # Name, batch, channels in and out, size, kernel, stride: layers of ResNet-50 at 224 and of a CIFAR ResNet-18.

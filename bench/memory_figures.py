@@ -7,7 +7,7 @@ from typing import Any
 import common
 from paper_networks import NETWORKS
 
-from swat_ext.table import human_bytes
+from swat_ext.inspect.table import human_bytes
 
 _Row = dict[str, Any]
 

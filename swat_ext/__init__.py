@@ -3,9 +3,9 @@
 from swat_ext import functional
 from swat_ext.config import SWATConfig
 from swat_ext.cpu_cache import CacheUsage, cache_usage, empty_cache
-from swat_ext.memory import MemoryProfile, profile_memory
+from swat_ext.inspect.profile import MemoryProfile, profile_memory
+from swat_ext.inspect.report import Report, report
 from swat_ext.modules import SWATAvgPool2d, SWATBatchNorm2d, SWATConv2d, SWATLayer, SWATLinear, SWATMaxPool2d, SWATReLU
-from swat_ext.report import Report, report
 from swat_ext.scheduler import SWATScheduler
 from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
 

@@ -90,7 +90,7 @@ class SWATConfig:
             in two bytes or in one. See :class:`swat_ext.SWATBatchNorm2d`.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to time
             both at a layer's first inputs and keep the faster. Each computes and saves the same. Neither need be as
-            fast as PyTorch's dense layer where a layer is small: :func:`swat_ext.report` shows the ratio, and
+            fast as PyTorch's dense layer where a layer is small: :func:`swat_ext.inspect.report` shows the ratio, and
             ``skip`` leaves such a layer dense.
 
     Raises:

@@ -1,6 +1,6 @@
 """``python -m swat_ext.demo``: the same small ResNet-18 trained twice from one seed, dense and sparse, and compared.
 
-Every figure in the table and in the picture is measured in this run, or counted by :func:`swat_ext.report`.
+Every figure in the table and in the picture is measured in this run, or counted by :func:`swat_ext.inspect.report`.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from torch import nn
 from swat_ext import _C
 from swat_ext.config import SWATConfig
 from swat_ext.data import Data, Textures
-from swat_ext.memory import profile_memory
+from swat_ext.inspect.profile import profile_memory
+from swat_ext.inspect.report import report
+from swat_ext.inspect.table import human_bytes, human_count, render
 from swat_ext.models import resnet18
-from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
-from swat_ext.table import human_bytes, human_count, render
 from swat_ext.training import RECIPES, Diverged, Recipe, Trainer
 from swat_ext.training.figure import draw
 

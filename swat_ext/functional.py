@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from swat_ext.arguments import (
+from swat_ext.ops.arguments import (
     IntPair,
     as_threshold,
     check_like,
@@ -24,8 +24,8 @@ from swat_ext.arguments import (
     padding_of_sides,
     prefers_channels_last,
 )
-from swat_ext.autocast import autocast_call, autocast_input, autocast_of
-from swat_ext.ops import CONVOLUTIONS, convolution_size
+from swat_ext.ops.autocast import autocast_call, autocast_input, autocast_of
+from swat_ext.ops.library import CONVOLUTIONS, convolution_size
 
 __all__ = [
     "Packed",

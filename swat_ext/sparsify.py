@@ -10,12 +10,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from swat_ext.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 from swat_ext.config import SWATConfig
+from swat_ext.inspect.shapes import copy_model, on_meta
 from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
 from swat_ext.modules.around import become_around, become_plain, has_around_form
 from swat_ext.modules.fusion import fuse_relus
-from swat_ext.shapes import copy_model, on_meta
+from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "dense_shapes", "sparsify_", "survey", "to_dense"]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from swat_ext.config import BATCHNORMS, SWATConfig
 from swat_ext.data import DATA, Data, load_data
+from swat_ext.inspect.report import report
 from swat_ext.models import MODELS, STEMS, build_model
-from swat_ext.report import report
 from swat_ext.sparsify import sparsify_
 from swat_ext.training import CHECKPOINT, RECIPES, Diverged, Recipe, Trainer, load_checkpoint, recipe_for
 

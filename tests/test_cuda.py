@@ -9,7 +9,8 @@ from conftest import needs_cuda
 from torch import Tensor, nn
 
 import swat_ext
-from swat_ext import functional, ops
+from swat_ext import functional
+from swat_ext.ops import library as ops
 
 pytestmark = needs_cuda
 

@@ -10,9 +10,9 @@ from conftest import Kernels, emulator
 from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_tensor, random_threshold
 from torch import Tensor
 
-from swat_ext import ops as swat_ops
 from swat_ext import reference
-from swat_ext.layout import memory_format
+from swat_ext.ops import library as swat_ops
+from swat_ext.ops.layout import memory_format
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Norm of the difference / norm of the float64 result. Half types: the rounding of the result, as sums are in float32.

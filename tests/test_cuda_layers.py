@@ -10,7 +10,7 @@ from geometries import LAYOUTS, in_layout
 from torch import Tensor
 from torch.nn import functional as F
 
-from swat_ext.layout import is_channels_last
+from swat_ext.ops.layout import is_channels_last
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-38, -1e-38]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from swat_ext import SWATConfig, SWATConv2d, SWATLayer, SWATLinear, sparsify_, to_dense
-from swat_ext.modules import selection
+from swat_ext.topology import selection
 
 
 def _layer(**settings: object) -> SWATConv2d:

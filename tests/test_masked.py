@@ -5,7 +5,8 @@ import torch
 from checks import assert_close
 from torch import nn
 
-from swat_ext import SWATConv2d, SWATLinear, functional, masked, reference
+from swat_ext import SWATConv2d, SWATLinear, functional, reference
+from swat_ext.ops import dense as masked
 
 
 @pytest.fixture

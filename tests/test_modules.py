@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import swat_ext
 from swat_ext import SWATConv2d, SWATLinear, functional, reference
-from swat_ext.modules.backend import choose_backend
 from swat_ext.modules.conv import pad_by_index
+from swat_ext.ops.backend import choose_backend
 
 PADDINGS = [
     ("zeros", 1),

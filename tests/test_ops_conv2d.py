@@ -12,7 +12,7 @@ from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_ten
 from torch import Tensor
 
 from swat_ext import functional, reference
-from swat_ext.layout import memory_format
+from swat_ext.ops.layout import memory_format
 
 _BATCHES_OF_TESTS = 26
 _GEOMETRIES_EACH = 40  # 1,040 in all

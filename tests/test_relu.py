@@ -13,9 +13,10 @@ from held import saved_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swat_ext import SWATConfig, layer_ops, sparsify_
+from swat_ext import SWATConfig, sparsify_
 from swat_ext.models import resnet18
 from swat_ext.modules import SWATReLU
+from swat_ext.ops import around as layer_ops
 
 SIZES = [(0, 3), (1,), (63,), (64,), (65,), (4097,), (3, 5, 4, 7), (2, 64, 8, 8), (1, 3, 1, 1), (5, 1, 3, 3), (2, 3, 4)]
 SPECIAL = [float("nan"), -float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-38, -1e-38, 1e-45, -1e-45]

@@ -11,8 +11,8 @@ from torch import nn
 
 import swat_ext
 from swat_ext import SWATConfig, SWATConv2d, SWATLinear, report, sparsify_
-from swat_ext.flops import layer_macs, packed_bytes, training_flops
-from swat_ext.table import human_bytes, human_count, human_share, render
+from swat_ext.inspect.flops import layer_macs, packed_bytes, training_flops
+from swat_ext.inspect.table import human_bytes, human_count, human_share, render
 
 SIZE = (4, 3, 8, 8)
 

@@ -9,7 +9,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from swat_ext import MemoryProfile, SWATConfig, profile_memory, sparsify_
-from swat_ext.saved import OUTSIDE
+from swat_ext.inspect.saved import OUTSIDE
 
 SIZE = (4, 3, 8, 8)
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import swat_ext
 from swat_ext import SWATConfig, SWATConv2d
 from swat_ext.modules import base
-from swat_ext.modules import shared as sharing
+from swat_ext.ops.library import mask_words
+from swat_ext.topology import sharing
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ def _packed_storages(model: nn.Module, x: Tensor) -> int:
     masks = set()
 
     def look(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.int64 and tensor.numel() == swat_ext.ops.mask_words(x.shape[0] * 16 * 64):
+        if tensor.dtype == torch.int64 and tensor.numel() == mask_words(x.shape[0] * 16 * 64):
             masks.add(tensor.data_ptr())
         return tensor
 

@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swat_ext import functional
-from swat_ext.arguments import HAS_CUDA
-from swat_ext.layer_ops import has_kernels
+from swat_ext.ops.arguments import HAS_CUDA
+from swat_ext.ops.around import has_kernels
 
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="swat_ext was built with CUDA kernels")
 

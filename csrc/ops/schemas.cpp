@@ -1,5 +1,5 @@
-// Every operator of swat_ext, as torch sees it. What they compute is said in swat_ext/functional.py and swat_ext/ops.py; a packed
-// tensor is (values, mask), see swat_ext/ops.py. Padding is (top, bottom, left, right).
+// Every operator of swat_ext, as torch sees it. What they compute is said in swat_ext/functional.py and swat_ext/ops/library.py; a packed
+// tensor is (values, mask), see swat_ext/ops/library.py. Padding is (top, bottom, left, right).
 #include "library.h"
 
 SWAT_LIBRARY(m) {

@@ -7,16 +7,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from swat_ext import ops
-from swat_ext.arguments import check_tensor
-from swat_ext.calls import transformed
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
-from swat_ext.modules.backend import Choice, choose_backend
 from swat_ext.modules.choices import Choices
 from swat_ext.modules.measure import can_measure
-from swat_ext.modules.selection import kept, kept_ratio, refuse_tracing, select_exactly, select_exactly_again
-from swat_ext.modules.shared import SharedPack, attach, find, has_identity, is_traced
+from swat_ext.ops import library as ops
+from swat_ext.ops.arguments import check_tensor
+from swat_ext.ops.backend import Choice, choose_backend
+from swat_ext.ops.calls import transformed
+from swat_ext.topology.selection import kept, kept_ratio, refuse_tracing, select_exactly, select_exactly_again
+from swat_ext.topology.sharing import SharedPack, attach, find, has_identity, is_traced
 
 __all__ = ["SWATLayer"]
 

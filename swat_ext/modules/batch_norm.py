@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
-from swat_ext.layer_ops import batch_norm, has_kernels, normalises_with
 from swat_ext.modules.rectified import rectified_output
-from swat_ext.modules.shared import has_identity
+from swat_ext.ops.around import batch_norm, has_kernels, normalises_with
+from swat_ext.topology.sharing import has_identity
 
 __all__ = ["SWATBatchNorm2d"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swat_ext.modules.backend import Choice
 from swat_ext.modules.measure import Key, Problem, environment, key_of, measured_choice, problem_of, remember
+from swat_ext.ops.backend import Choice
 
 if TYPE_CHECKING:
     from swat_ext.modules.base import SWATLayer

@@ -10,9 +10,9 @@ import random
 import torch
 from torch import fx, nn
 
+from swat_ext.inspect.shapes import copy_model, on_meta
 from swat_ext.modules.batch_norm import SWATBatchNorm2d
 from swat_ext.modules.relu import SWATReLU
-from swat_ext.shapes import copy_model, on_meta
 
 __all__ = ["fuse_relus"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swat_ext.autocast import autocast_input
 from swat_ext.config import Backend
 from swat_ext.functional import linear_input_view, linear_packed
 from swat_ext.modules.base import SWATLayer
+from swat_ext.ops.autocast import autocast_input
 
 __all__ = ["SWATLinear"]
 

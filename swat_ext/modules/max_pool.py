@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swat_ext.arguments import int_pair
-from swat_ext.layer_ops import has_kernels, max_pool2d, pooled_size
+from swat_ext.ops.arguments import int_pair
+from swat_ext.ops.around import has_kernels, max_pool2d, pooled_size
 
 __all__ = ["SWATMaxPool2d"]
 

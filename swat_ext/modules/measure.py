@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from swat_ext import _C, ops
-from swat_ext.arguments import padding_of_sides, prefers_channels_last
-from swat_ext.layout import memory_format
-from swat_ext.modules.backend import Choice
-from swat_ext.modules.selection import kept
-from swat_ext.modules.shared import has_identity
+from swat_ext import _C
+from swat_ext.ops import library as ops
+from swat_ext.ops.arguments import padding_of_sides, prefers_channels_last
+from swat_ext.ops.backend import Choice
+from swat_ext.ops.layout import memory_format
+from swat_ext.topology.selection import kept
+from swat_ext.topology.sharing import has_identity
 
 if TYPE_CHECKING:
     from swat_ext.modules.base import SWATLayer

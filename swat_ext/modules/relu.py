@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from swat_ext.layer_ops import has_kernels, relu, relu_
 from swat_ext.modules.rectified import RectifiedOutput
+from swat_ext.ops.around import has_kernels, relu, relu_
 
 __all__ = ["SWATReLU"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from swat_ext.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
 from swat_ext.functional import takes_again
-from swat_ext.memory_rows import HeldByKind, held_by_kind
+from swat_ext.inspect.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
+from swat_ext.inspect.rows import HeldByKind, held_by_kind
+from swat_ext.inspect.shapes import Call, trace_calls
+from swat_ext.inspect.table import human_bytes, human_count, human_share, render
 from swat_ext.modules import SWATLayer
-from swat_ext.ops import mask_words
-from swat_ext.shapes import Call, trace_calls
+from swat_ext.ops.library import mask_words
 from swat_ext.sparsify import LeftDense, Surveyed, survey
-from swat_ext.table import human_bytes, human_count, human_share, render
 
 __all__ = ["LayerReport", "Report", "report"]
 

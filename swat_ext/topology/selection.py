@@ -5,9 +5,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from swat_ext import ops
 from swat_ext.functional import Packed
-from swat_ext.modules.shared import is_traced
+from swat_ext.ops import library as ops
+from swat_ext.topology.sharing import is_traced
 
 __all__ = ["kept", "kept_ratio", "refuse_tracing", "select_exactly", "select_exactly_again"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from swat_ext.functional import keep_count
-from swat_ext.ops import mask_words
+from swat_ext.ops.library import mask_words
 
 __all__ = ["COUNTED", "layer_macs", "packed_bytes", "saved_input_size", "training_flops"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C
-from swat_ext.layout import is_channels_last
+from swat_ext.ops.layout import is_channels_last
 
 __all__ = [
     "HAS_CUDA",

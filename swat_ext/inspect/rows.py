@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from swat_ext.inspect.saved import OUTSIDE, SavedRecorder, Saver
+from swat_ext.inspect.shapes import on_meta, run_a_copy
 from swat_ext.modules import SWATLayer
 from swat_ext.modules.around import is_around_form
-from swat_ext.saved import OUTSIDE, SavedRecorder, Saver
-from swat_ext.shapes import on_meta, run_a_copy
 from swat_ext.sparsify import dense_shapes
 
 __all__ = ["Found", "HeldByKind", "ModelCall", "Row", "dense_rows", "held_by_kind", "held_rows", "with_dense"]

@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from swat_ext.memory_rows import ModelCall, dense_rows, held_rows, with_dense
-from swat_ext.peak import Peak, device_of
-from swat_ext.saved import SavedRecorder, tensors_in
-from swat_ext.shapes import copy_model
-from swat_ext.table import human_bytes, render
+from swat_ext.inspect.peak import Peak, device_of
+from swat_ext.inspect.rows import ModelCall, dense_rows, held_rows, with_dense
+from swat_ext.inspect.saved import SavedRecorder, tensors_in
+from swat_ext.inspect.shapes import copy_model
+from swat_ext.inspect.table import human_bytes, render
 
 __all__ = ["LayerMemory", "MemoryProfile", "profile_memory"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
-from swat_ext.arguments import HAS_CUDA, supported_dtypes
-from swat_ext.calls import gradient, refuse_second_derivative, transformed, with_gradient
-from swat_ext.layout import empty, is_channels_last
+from swat_ext.ops.arguments import HAS_CUDA, supported_dtypes
+from swat_ext.ops.calls import gradient, refuse_second_derivative, transformed, with_gradient
+from swat_ext.ops.layout import empty, is_channels_last
 
 __all__ = [
     "batch_norm",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from swat_ext.layout import empty, memory_format
+from swat_ext.ops.layout import empty, memory_format
 
 __all__ = ["conv2d", "input_grad", "weight_grad"]
 

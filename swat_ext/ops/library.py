@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swat_ext import _C, masked  # noqa: F401  (loading _C registers the operators)
-from swat_ext.calls import gradient, refuse_second_derivative, with_gradient
-from swat_ext.layout import empty, is_channels_last
+from swat_ext import _C  # noqa: F401  (loading it registers the operators)
+from swat_ext.ops import dense as masked
+from swat_ext.ops.calls import gradient, refuse_second_derivative, with_gradient
+from swat_ext.ops.layout import empty, is_channels_last
 
 __all__ = [
     "CONVOLUTIONS",
