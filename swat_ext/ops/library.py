@@ -7,8 +7,9 @@ they are pure composition: ``masked_conv2d`` (the same convolution by PyTorch's 
 
 A tensor is "packed" as two tensors: ``values`` (its kept elements in logical row-major order) and ``mask`` (int64:
 one bit an element, 64 to a word, lowest bit first, then for each 1024 elements the number of kept elements before
-them). With ``keep`` and ``capacity``, ``swat_ext::compress`` returns ``capacity`` values, zeros after those that the
-mask counts; should more elements pass the threshold, it selects the ``keep``-th magnitude instead.
+them). With ``keep``, ``swat_ext::compress`` selects the ``keep``-th magnitude anew where what passes the threshold is
+too far from that many (``KeptBounds`` in ``csrc/ops/checks.h``); ``padded``, it returns :func:`most_kept` values,
+zeros after those that the mask counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +27,9 @@ __all__ = [
     "CONVOLUTIONS",
     "REFRESH_SLACK",
     "bias_grad",
-    "capacity",
     "convolution_size",
     "mask_words",
+    "most_kept",
     "select",
     "weight_grad",
 ]
@@ -54,7 +55,7 @@ def mask_words(numel: int) -> int:
     return -(-numel // _BITS_PER_WORD) + -(-numel // _BITS_PER_BLOCK)
 
 
-def capacity(keep: int, numel: int) -> int:
+def most_kept(keep: int, numel: int) -> int:
     """Most elements of ``numel`` that a selection of ``keep`` may hold; integers alone: symbolic sizes pass through."""
     return torch.sym_min(torch.sym_max(keep + keep // 4, keep + _REFRESH_FLOOR), numel)
 
@@ -80,14 +81,13 @@ def _(input: Tensor, k: int) -> Tensor:
 
 
 @torch.library.register_fake("swat_ext::compress")
-def _(
-    input: Tensor, threshold: Tensor, *, keep: int | None = None, capacity: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return _fake_packed(input, capacity)
+def _(input: Tensor, threshold: Tensor, *, keep: int | None = None, padded: bool = False) -> tuple[Tensor, Tensor]:
+    return _fake_packed(input, most_kept(keep, input.numel()) if padded and keep is not None else None)
 
 
-def _fake_packed(input: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
-    length = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+def _fake_packed(input: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    if length is None:
+        length = torch.library.get_ctx().new_dynamic_size()
     return input.new_empty([length]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
 
 
@@ -106,25 +106,20 @@ def _(values: Tensor, mask: Tensor, size: Sequence[int], begin: int, end: int, c
     return empty(values, [end - begin, *size[1:]], channels_last)
 
 
-def _fake_conv2d(
+@torch.library.register_fake("swat_ext::conv2d")
+def _(
     input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     weight_values: Tensor,
     weight_mask: Tensor,
-    input_values: Tensor | None,
-    input_mask: Tensor | None,
+    weight_size: Sequence[int],
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
-    retake_weight: bool = False,
 ) -> Tensor:
-    return empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
-
-
-torch.library.register_fake("swat_ext::conv2d", _fake_conv2d)
+    return empty(input, convolution_size(input.shape, weight_size, stride, padding, dilation), channels_last)
 
 
 @torch.library.register_fake("swat_ext::conv2d_input_grad")
@@ -161,10 +156,57 @@ def _fake_weight_grad(
     return empty(grad_output, weight_size, channels_last)
 
 
+@torch.library.register_fake("swat_ext::linear")
+def _(
+    input: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_size: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    return input.new_empty([*input.shape[:-1], weight_size[0]])
+
+
+@torch.library.register_fake("swat_ext::linear_input_grad")
+def _(grad_output: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_size: Sequence[int]) -> Tensor:
+    return grad_output.new_empty([*grad_output.shape[:-1], weight_size[1]])
+
+
+@torch.library.register_fake("swat_ext::linear_weight_grad")
+def _(
+    grad_output: Tensor,
+    input_values: Tensor,
+    input_mask: Tensor,
+    weight_size: Sequence[int],
+    *,
+    allow_tf32: bool = False,
+) -> Tensor:
+    return grad_output.new_empty(list(weight_size))
+
+
+@torch.library.register_fake("swat_ext::bias_grad")
+def _(grad_output: Tensor, dim: int) -> Tensor:
+    return grad_output.new_empty([grad_output.shape[dim]])
+
+
 # --- The same convolution by PyTorch's own kernels, on tensors unpacked for the moment of the call --------------------
 
+def _fake_masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    input_values: Tensor | None,
+    input_mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    retake_weight: bool = False,
+) -> Tensor:
+    return empty(input, convolution_size(input.shape, weight.shape, stride, padding, dilation), channels_last)
+
+
 for _suffix, _function, _fake in (
-    ("", masked.conv2d, _fake_conv2d),
+    ("", masked.conv2d, _fake_masked_conv2d),
     ("_input_grad", masked.input_grad, _fake_input_grad),
     ("_weight_grad", masked.weight_grad, _fake_weight_grad),
 ):
@@ -311,7 +353,7 @@ def select(
 
     Returns:
         ``(values, mask)``, the packed input. On the CPU ``values`` holds exactly what is kept. On CUDA its length is
-        :func:`capacity`, known without waiting for the device; where more pass, the device selects again at once, for
+        :func:`most_kept`, known without waiting for the device; where more pass, the device selects again at once, for
         this call alone, and of ties beyond the capacity the last in logical order are dropped.
     """
     fields = clock.tolist()
@@ -328,7 +370,7 @@ def select(
     limit = threshold.to(input.dtype)  # under autocast inputs have another dtype than the buffer
     if input.device.type != "cpu":
         # The device decides by itself whether to select again: asking how much passed would wait for it.
-        return torch.ops.swat_ext.compress(input, limit, keep=keep, capacity=capacity(keep, input.numel()))
+        return torch.ops.swat_ext.compress(input, limit, keep=keep, padded=True)
     packed = torch.ops.swat_ext.compress(input, limit)
     if not fresh and packed[0].numel() > max(REFRESH_SLACK * keep, keep + _REFRESH_FLOOR):
         # The stored threshold stays as it is until the next step: a checkpoint may yet repeat an earlier call with it.
@@ -345,4 +387,4 @@ _select_op = torch.library.custom_op("swat_ext::select", select, mutates_args=("
 def _(
     input: Tensor, owner: Tensor, threshold: Tensor, clock: Tensor, slot: int, keep: int, period: int
 ) -> tuple[Tensor, Tensor]:
-    return _fake_packed(input, None if input.device.type == "cpu" else capacity(keep, input.numel()))
+    return _fake_packed(input, None if input.device.type == "cpu" else most_kept(keep, input.numel()))

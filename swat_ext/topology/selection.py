@@ -59,7 +59,7 @@ def _packed(tensor: Tensor, threshold: Tensor, ratio: tuple[int, int]) -> Packed
     limits = {}
     if tensor.device.type != "cpu":
         keep = kept(tensor.numel(), ratio)
-        limits = {"keep": keep, "capacity": ops.capacity(keep, tensor.numel())}
+        limits = {"keep": keep, "padded": True}
     values, mask = torch.ops.swat_ext.compress(tensor, threshold, **limits)
     return Packed(values, mask, tensor.shape)
 
