@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from swat_ext.functional import takes_again
 from swat_ext.inspect.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
 from swat_ext.inspect.rows import HeldByKind, held_by_kind
 from swat_ext.inspect.shapes import Call, trace_calls
 from swat_ext.inspect.table import human_bytes, human_count, human_share, render
 from swat_ext.modules import SWATLayer
+from swat_ext.ops.convolution import retakes
 from swat_ext.ops.library import mask_words
 from swat_ext.sparsify import LeftDense, Surveyed, survey
 
@@ -252,9 +252,9 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     sparse = module if isinstance(module, SWATLayer) else None
     if sparse is not None:
         sparsity, activation_sparsity = sparse.sparsity, sparse.activation_sparsity
-        backend, reason, speedup = sparse.chosen_backend
+        (backend, reason), speedup = sparse.chosen_backend, None
         numel, itemsize = sparse.weight.numel(), sparse.weight.element_size()
-        weight_bytes = 8 * mask_words(numel) if takes_again(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
+        weight_bytes = 8 * mask_words(numel) if retakes(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
     else:
         sparsity = activation_sparsity = 0.0
         backend, speedup = "dense", None
