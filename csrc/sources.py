@@ -3,6 +3,7 @@
 # Kernels that know neither torch nor Python.
 CPU_KERNELS = [
     "kernels/cpu/batch_norm.cpp",
+    "kernels/cpu/bias_grad.cpp",
     "kernels/cpu/block_cache.cpp",
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/depthwise_gradient.cpp",

@@ -75,27 +75,29 @@ def test_capacity(
     )
     on_device = input.to(kernels.device)
     for keep in (1, 300, 2000, input.numel()):
-        length = swat_ops.capacity(keep, input.numel())
+        length = swat_ops.most_kept(keep, input.numel())
         for threshold in (0.0, 1.0, 2.5, 100.0):
             stale = torch.tensor(threshold)
             got = [
-                part.cpu()
-                for part in kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, capacity=length)
+                part.cpu() for part in kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=True)
             ]
-            expected = torch.ops.swat_ext.compress(input, stale, keep=keep, capacity=length)
+            expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=True)
             assert got[0].shape == (length,)
             assert_identical(got[0], expected[0], f"values, keep {keep}, threshold {threshold}")
             assert_identical(got[1], expected[1], f"mask, keep {keep}, threshold {threshold}")
             exact = reference.compress(input, stale)
-            if exact.values.numel() <= length:
+            least = 0 if threshold <= 0 else min(keep - keep // 5, keep - 64)
+            stays = least <= exact.values.numel() <= length
+            if stays:
                 assert_identical(got[1], exact.mask, "mask where enough room was")
             mask = got[1].to(kernels.device)
             dense = kernels.ops.decompress(got[0].to(kernels.device), mask, input.shape, False).cpu()
             kept = dense != 0
             assert torch.equal(dense[kept], input[kept])
-            if exact.values.numel() > length:
+            if not stays:
                 limit = reference.kth_magnitude(input, keep)
                 assert int((input.abs() > limit).sum()) <= int(kept.sum()) <= length
+                assert limit == 0 or int(kept.sum()) >= keep
                 assert (input[kept].abs() >= limit).all()
 
 
@@ -123,20 +125,23 @@ def test_tiles(kernels: Kernels, name: str, dtype: torch.dtype, generator: torch
         expected = reference.compress(input, threshold)
         kept = expected.values.numel()
         got = [kernels.ops.compress(input, limit)]
-        for capacity in {max(kept, 1), input.numel()}:
-            got.append(kernels.ops.compress(input, limit, keep=capacity, capacity=capacity))
+        if kept:
+            got += [kernels.ops.compress(input, limit, keep=kept, padded=padded) for padded in (False, True)]
         for values, mask in got:
             assert_identical(mask, expected.mask, f"mask, threshold {threshold}")
             assert torch.equal(values[:kept].nan_to_num(7), expected.values.nan_to_num(7))
             assert not values[kept:].any()
     # Ties beyond the capacity: the last of them in logical order go.
     ties = torch.full_like(input, -0.5)
-    capacity = ties.numel() * 2 // 3 + 1
-    values, mask = kernels.ops.compress(ties, torch.zeros_like(limit), keep=capacity, capacity=capacity)
+    keep = ties.numel() // 2 + 1
+    values, mask = kernels.ops.compress(ties, torch.zeros_like(limit), keep=keep, padded=True)
+    length = swat_ops.most_kept(keep, ties.numel())
+    assert values.shape == (length,)
     assert (values == -0.5).all()
     dense = kernels.ops.decompress(values, mask, size, False).view(-1)
-    assert dense[:capacity].all()
-    assert not dense[capacity:].any()
+    assert dense[:length].all()
+    assert not dense[length:].any()
+    assert kernels.ops.compress(ties, torch.zeros_like(limit), keep=keep)[0].shape == (ties.numel(),)
 
 
 @pytest.mark.parametrize("first", [0, 1, 31, 32, 33, 200])
@@ -180,7 +185,7 @@ def _check(kernels: Kernels, geometry: Geometry, rng: random.Random, dtype: torc
     arguments, channels_last, weight_channels_last = geometry.arguments, rng.random() < 0.5, rng.random() < 0.5
     shapes = (input.shape, weight.shape)
     got = {
-        "output": kernels.ops.conv2d(input, weight, bias, *packed_weight, *packed_input, *arguments, channels_last),
+        "output": kernels.ops.conv2d(input, *packed_weight, weight.shape, bias, *arguments, channels_last),
         "input gradient": kernels.ops.conv2d_input_grad(grad, *packed_weight, *shapes[::-1], *arguments, channels_last),
         "weight gradient": kernels.ops.conv2d_weight_grad(
             grad, *packed_input, *shapes, *arguments, weight_channels_last

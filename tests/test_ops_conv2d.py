@@ -56,19 +56,16 @@ def _operators(
     *,
     channels_last: bool,
     weight_channels_last: bool = False,
-    prefix: str = "",
 ) -> dict[str, Tensor]:
     """The same by the operators themselves, without autograd."""
     packed_weight = functional.compress(weight, thresholds[0])
     packed_input = functional.compress(input, thresholds[1])
     results = {
-        "output": getattr(ops, f"{prefix}conv2d")(
-            input, weight, bias, *packed_weight[:2], *packed_input[:2], *geometry.arguments, channels_last
-        ),
-        "input gradient": getattr(ops, f"{prefix}conv2d_input_grad")(
+        "output": ops.conv2d(input, *packed_weight[:2], weight.shape, bias, *geometry.arguments, channels_last),
+        "input gradient": ops.conv2d_input_grad(
             grad_output, *packed_weight[:2], weight.shape, input.shape, *geometry.arguments, channels_last
         ),
-        "weight gradient": getattr(ops, f"{prefix}conv2d_weight_grad")(
+        "weight gradient": ops.conv2d_weight_grad(
             grad_output, *packed_input[:2], input.shape, weight.shape, *geometry.arguments, weight_channels_last
         ),
     }
@@ -118,8 +115,8 @@ def _functional_padding(geometry: Geometry, rng: random.Random) -> str | tuple[i
     return "valid" if geometry.padding == (0, 0, 0, 0) and rng.random() < 0.5 else (top, left)
 
 
-def _check(geometry: Geometry, rng: random.Random, dtype: torch.dtype) -> None:
-    """One random convolution on this geometry."""
+def _check(geometry: Geometry, rng: random.Random, dtype: torch.dtype, *, autograd: bool = False) -> None:
+    """One random convolution on this geometry, by the operators and, where asked, by functional.conv2d."""
     layouts = [rng.choice(LAYOUTS) for _ in range(3)]
     positive = geometry.has_lone_sums
     sizes = (geometry.input_size, geometry.weight_size, geometry.output_size)
@@ -136,7 +133,7 @@ def _check(geometry: Geometry, rng: random.Random, dtype: torch.dtype) -> None:
     expected = _reference(geometry, *tensors)
     formats = {name: rng.random() < 0.5 for name in ("channels_last", "weight_channels_last")}
     got = _operators(geometry, *tensors, **formats)
-    padding = _functional_padding(geometry, rng)
+    padding = _functional_padding(geometry, rng) if autograd else None
     through_autograd = {} if padding is None else _by_autograd(geometry, *tensors, padding)
     described = f"{geometry}, {dtype}, layouts {layouts}, {formats}, thresholds {thresholds}, bias {bias is not None}"
     for name, result in got.items():
@@ -153,6 +150,13 @@ def test_random_convolutions(seed: int, isa: str) -> None:
     for number in range(_GEOMETRIES_EACH):
         rng = random.Random(f"{seed} {number}")
         _check(random_geometry(rng), rng, torch.float64 if number % 4 == 0 else torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_convolutions_by_autograd(seed: int, isa: str) -> None:
+    for number in range(_GEOMETRIES_EACH):
+        rng = random.Random(f"autograd {seed} {number}")
+        _check(random_geometry(rng), rng, torch.float64 if number % 4 == 0 else torch.float32, autograd=True)
 
 
 # Layers of real networks, whose sizes pick the fast paths: full vectors, several tiles of channels, batch blocks.
@@ -215,26 +219,6 @@ def test_property_small_convolutions(
     geometry = Geometry(batch, *channels, *space, kernel, stride, padding, dilation)
     hypothesis.assume(geometry.fits())
     _check(geometry, random.Random(seed), torch.float64)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_masked_conv2d_equals_conv2d(seed: int, isa: str) -> None:
-    for number in range(20):
-        rng = random.Random(f"masked {seed} {number}")
-        geometry = random_geometry(rng)
-        while not geometry.is_usual():
-            geometry = random_geometry(rng)
-        sizes = (geometry.input_size, geometry.weight_size, geometry.output_size)
-        positive = geometry.has_lone_sums
-        input, weight, grad_output = (random_tensor(size, torch.float32, rng, positive=positive) for size in sizes)
-        bias = random_tensor(sizes[1][:1], torch.float32, rng, positive=positive)
-        thresholds = (random_threshold(weight, rng), random_threshold(input, rng))
-        arguments = (geometry, input, weight, bias, grad_output, thresholds)
-        formats = {name: rng.random() < 0.5 for name in ("channels_last", "weight_channels_last")}
-        expected = _reference(*arguments)
-        for prefix in ("", "masked_"):
-            for name, result in _operators(*arguments, **formats, prefix=prefix).items():
-                assert_close(result, expected[name], f"{name} of {prefix}conv2d, {geometry}")
 
 
 _FOR_THREADS = {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <optional>
@@ -20,6 +21,9 @@ namespace swat {
 using Ints = std::vector<int64_t>;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Elements of a tensor: so few that their bytes, and a few times those, can be counted.
+inline constexpr int64_t kMostElements = int64_t{1} << 56;
 
 inline std::string to_string(const Ints& values) {
   std::ostringstream out;
@@ -39,6 +43,17 @@ inline int64_t product(const Ints& size) {
   int64_t count = 1;
   for (int64_t extent : size) count *= extent;
   return count;
+}
+
+// That `size` is one that a tensor can have, and that so many elements can be counted.
+inline void check_extents(const char* name, const Ints& size) {
+  int64_t count = 1;
+  for (int64_t extent : size) {
+    STD_TORCH_CHECK(extent >= 0, name, ": expected no extent below 0, got ", to_string(size));
+    STD_TORCH_CHECK(!__builtin_mul_overflow(count, std::max<int64_t>(extent, 1), &count) && count <= kMostElements,
+                    name, ": expected at most 2^", std::bit_width(static_cast<uint64_t>(kMostElements)) - 1,
+                    " elements, got size ", to_string(size));
+  }
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor) {
@@ -72,7 +87,7 @@ inline void check_packed_layout(const char* name, const Tensor& values, const Te
                   " elements, got ", mask.size(0));
 }
 
-// The same for tensors on the CPU, where the last block says how many values there must be; the blocks before it are trusted.
+// The same for tensors on the CPU, where the last block says how many values there must be at least; the blocks before it are trusted.
 inline void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
   check_packed_layout(name, values, mask, numel);
   const int64_t* words = mask.const_data_ptr<int64_t>();
@@ -80,17 +95,47 @@ inline void check_packed(const char* name, const Tensor& values, const Tensor& m
   for (int64_t i = (numel - 1) / cpu::kBlockBits * (cpu::kBlockBits / 64); i < (numel + 63) / 64; ++i) {
     kept += std::popcount(static_cast<uint64_t>(words[i]));
   }
-  STD_TORCH_CHECK(values.size(0) == kept, name, "_values: expected ", kept, " elements, as the mask counts, got ",
-                  values.size(0));
+  STD_TORCH_CHECK(values.size(0) >= kept, name, "_values: expected at least ", kept,
+                  " elements, as the mask counts, got ", values.size(0));
 }
 
-// That `keep` and `capacity` come together and can be met.
-inline void check_capacity(int64_t numel, const std::optional<int64_t>& keep, const std::optional<int64_t>& capacity) {
-  STD_TORCH_CHECK(keep.has_value() == capacity.has_value(), "capacity: expected both keep and capacity, or neither");
-  if (!capacity) return;
-  STD_TORCH_CHECK(*keep >= (numel > 0 ? 1 : 0) && *keep <= *capacity && *capacity <= numel,
-                  "capacity: expected 1 <= keep <= capacity <= input.numel() = ", numel, ", got keep ", *keep,
-                  ", capacity ", *capacity);
+inline void check_k(const Tensor& input, int64_t k) {
+  STD_TORCH_CHECK(k >= 1 && k <= input.numel(), "k: expected from 1 to input.numel() = ", input.numel(), ", got ", k);
+}
+
+// An index of a dimension, from the end if below 0.
+inline void check_dim(const Tensor& tensor, int64_t& dim) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(dim >= -dims && dim < dims, "dim: expected from ", -dims, " to ", dims - 1, ", got ", dim);
+  if (dim < 0) dim += dims;
+}
+
+// How many elements a selection of `keep` may hold, before it is made anew for the call. swat_ext/ops/library.py says the same.
+struct KeptBounds {
+  int64_t least, most;
+
+  KeptBounds(int64_t keep, int64_t numel)
+      : least(std::max<int64_t>(0, std::min(keep - keep / 5, keep - kSlack))),
+        most(keep > numel - std::max(keep / 4, kSlack) ? numel : keep + std::max(keep / 4, kSlack)) {}
+
+ private:
+  static constexpr int64_t kSlack = 64;
+};
+
+// The arguments of compress, for the bounds of its result if it has a budget.
+inline std::optional<KeptBounds> check_compress(const Tensor& input, const Tensor& threshold,
+                                                const std::optional<int64_t>& keep, bool padded) {
+  STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
+  check_same_dtype("threshold", threshold, input);
+  check_same_device("threshold", threshold, input);
+  if (!keep) {
+    STD_TORCH_CHECK(!padded, "padded: expected False without keep");
+    return std::nullopt;
+  }
+  const int64_t numel = input.numel();
+  STD_TORCH_CHECK(*keep >= (numel > 0 ? 1 : 0) && *keep <= numel, "keep: expected from 1 to input.numel() = ", numel,
+                  ", got ", *keep);
+  return KeptBounds(*keep, numel);
 }
 
 }  // namespace swat

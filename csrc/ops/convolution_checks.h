@@ -61,28 +61,25 @@ inline void check_operand(const char* name, const Tensor& values, const Tensor& 
   check(name, values, mask, numel);
 }
 
-inline ConvGeometry check_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                 const Tensor& weight_values, const Tensor& weight_mask, const Ints& stride,
-                                 const Ints& padding, const Ints& dilation, int64_t groups, PackedCheck check) {
-  const ConvGeometry g = make_geometry(sizes(input), sizes(weight), stride, padding, dilation, groups);
-  check_operand("weight", weight_values, weight_mask, weight.numel(), input, check);
-  if (bias) {
-    check_same_dtype("bias", *bias, input);
-    check_same_device("bias", *bias, input);
-    check_size("bias", sizes(*bias), {g.out_channels});
-  }
-  return g;
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
+  if (!bias) return;
+  check_same_dtype("bias", *bias, input);
+  check_same_device("bias", *bias, input);
+  check_size("bias", sizes(*bias), {channels});
 }
 
-// Both gradients: `name` ("weight" or "input") is the operand that is packed, of size `packed_size`.
-inline ConvGeometry check_conv2d_grad(const Tensor& grad_output, const char* name, const Tensor& values,
-                                      const Tensor& mask, const Ints& packed_size, const Ints& input_size,
-                                      const Ints& weight_size, const Ints& stride, const Ints& padding,
-                                      const Ints& dilation, int64_t groups, PackedCheck check) {
-  const ConvGeometry g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-  check_operand(name, values, mask, product(packed_size), grad_output, check);
-  check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
-  return g;
+// That the last dimension of `tensor` is the weight's number `axis`: 1 of an input, 0 of an output.
+inline void check_linear(const char* name, const Tensor& tensor, const Ints& weight_size, int64_t axis) {
+  STD_TORCH_CHECK(weight_size.size() == 2, "weight_size: expected [out, in], got ", to_string(weight_size));
+  check_extents("weight_size", weight_size);
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == weight_size[axis], name,
+                  ": expected a last dimension of ", weight_size[axis], ", got size ", to_string(sizes(tensor)));
+}
+
+// [1, in, 1, rows] with a weight [out, in, 1, 1], none of them 0.
+inline ConvGeometry linear_geometry(int64_t rows, const Ints& weight_size) {
+  return make_geometry({1, weight_size[1], 1, rows}, {weight_size[0], weight_size[1], 1, 1}, {1, 1}, {0, 0, 0, 0},
+                       {1, 1}, 1);
 }
 
 }  // namespace swat

@@ -7,36 +7,16 @@
 #include <optional>
 #include <tuple>
 
+#include "../kernels/cpu/bias_grad.h"
 #include "../kernels/cpu/convolution.h"
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
-#include "convolution_checks.h"
+#include "convolutions.h"
 #include "cpu_common.h"
 #include "library.h"
 
 namespace swat {
 namespace {
-
-template <typename T, typename Data>
-ImageView<T> image(const Tensor& tensor, Data* data) {
-  return {.data = data,
-          .batch = tensor.size(0),
-          .channels = tensor.size(1),
-          .height = tensor.size(2),
-          .width = tensor.size(3),
-          .batch_stride = tensor.stride(0),
-          .channel_stride = tensor.stride(1),
-          .row_stride = tensor.stride(2),
-          .column_stride = tensor.stride(3)};
-}
-template <typename T>
-ImageView<const T> read_image(const Tensor& tensor) {
-  return image<const T>(tensor, tensor.const_data_ptr<T>());
-}
-template <typename T>
-ImageView<T> write_image(const Tensor& tensor) {
-  return image<T>(tensor, tensor.mutable_data_ptr<T>());
-}
 
 template <typename T>
 cpu::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {
@@ -77,72 +57,68 @@ std::optional<cpu::PlanesView<T>> planes(const Tensor& tensor, Data* data) {
   return view;
 }
 
+template <typename T>
+T select_magnitude(const Tensor& input, int64_t k) {
+  // Order does not matter: what is dense in memory is read as it lies.
+  const Tensor source = is_dense(input) ? input : torch::stable::contiguous(input);
+  return cpu::kth_magnitude<T>(cpu::active(), torch_threads(), source.const_data_ptr<T>(), input.numel(), k);
+}
+
 Tensor kth_magnitude(const Tensor& input, int64_t k) {
   return dispatch("input", input, [&]<typename T>() {
-    STD_TORCH_CHECK(k >= 1 && k <= input.numel(), "k: expected from 1 to input.numel() = ", input.numel(), ", got ", k);
-    // Order does not matter: what is dense in memory is read as it lies.
-    const bool dense = input.dim() == 4 && input.stride(1) == 1 && input.stride(3) == input.size(1) &&
-                       input.stride(2) == input.size(3) * input.stride(3) &&
-                       input.stride(0) == input.size(2) * input.stride(2);
-    const Tensor source = dense ? input : torch::stable::contiguous(input);
+    check_k(input, k);
     Tensor result = empty({}, input.scalar_type());
-    *result.mutable_data_ptr<T>() =
-        cpu::kth_magnitude<T>(cpu::active(), torch_threads(), source.const_data_ptr<T>(), input.numel(), k);
+    *result.mutable_data_ptr<T>() = select_magnitude<T>(input, k);
     return result;
   });
 }
 
-// (values, mask) of `source`, whose strides planes() takes. With a `capacity`, values are that long; see compress.
+// `source`, whose strides planes() takes, as words and ranks of `mask` and its values; those of `room` elements at least.
 template <typename T>
-std::tuple<Tensor, Tensor, int64_t> compress_planes(const Tensor& source, T threshold,
-                                                    std::optional<int64_t> capacity) {
+std::pair<Tensor, int64_t> compress_planes(const Tensor& source, T threshold, int64_t room, const Tensor& mask) {
   const int64_t numel = source.numel();
-  Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
   int64_t* const words = mask.mutable_data_ptr<int64_t>();
   std::optional<Tensor> values;
   int64_t count = 0;
   cpu::compress<T>(cpu::active(), torch_threads(), *planes<const T>(source, source.const_data_ptr<T>()), threshold,
                    reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, [&](int64_t kept) {
                      count = kept;
-                     values = empty({std::max(kept, capacity.value_or(0))}, source.scalar_type());
+                     values = empty({std::max(kept, room)}, source.scalar_type());
                      return values->template mutable_data_ptr<T>();
                    });
-  return {*values, mask, count};
+  return {*values, count};
 }
 
-// Drop what is kept past `capacity` elements, in logical order.
-void trim(uint64_t* words, int64_t* ranks, int64_t numel, int64_t capacity) {
+// Drop what is kept past `most` elements, in logical order.
+void trim(uint64_t* words, int64_t* ranks, int64_t numel, int64_t most) {
   int64_t rank = 0;
   for (int64_t i = 0; i < (numel + 63) / 64; ++i) {
     if (i % (cpu::kBlockBits / 64) == 0) ranks[i / (cpu::kBlockBits / 64)] = rank;
-    while (rank + std::popcount(words[i]) > capacity) words[i] ^= std::bit_floor(words[i]);
+    while (rank + std::popcount(words[i]) > most) words[i] ^= std::bit_floor(words[i]);
     rank += std::popcount(words[i]);
   }
 }
 
 std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold, std::optional<int64_t> keep,
-                                    std::optional<int64_t> capacity) {
+                                    bool padded) {
   return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
-    STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
-    check_same_dtype("threshold", threshold, input);
-    check_capacity(input.numel(), keep, capacity);
+    const std::optional<KeptBounds> bounds = check_compress(input, threshold, keep, padded);
     const bool as_it_lies = planes<const T>(input, input.const_data_ptr<T>()).has_value();
     const Tensor source = as_it_lies ? input : torch::stable::contiguous(input);
-    std::tuple<Tensor, Tensor, int64_t> found = compress_planes<T>(source, *threshold.const_data_ptr<T>(), capacity);
-    if (capacity && std::get<2>(found) > *capacity) {
-      const Tensor fresh = kth_magnitude(input, *keep);
-      found = compress_planes<T>(source, *fresh.const_data_ptr<T>(), capacity);
+    const int64_t numel = input.numel(), length = padded ? bounds->most : 0;
+    const Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
+    const T limit = *threshold.const_data_ptr<T>();
+    auto [values, count] = compress_planes<T>(source, limit, length, mask);
+    if (bounds && (count > bounds->most || (limit > 0 && count < bounds->least))) {
+      const T fresh = select_magnitude<T>(source, *keep);
+      if (fresh != limit) std::tie(values, count) = compress_planes<T>(source, fresh, length, mask);
     }
-    Tensor values = std::get<0>(found);
-    const Tensor mask = std::get<1>(found);
-    const int64_t count = std::get<2>(found);
-    if (!capacity) return {values, mask};
-    if (count > *capacity) {
+    if (padded && count > length) {
       int64_t* const words = mask.mutable_data_ptr<int64_t>();
-      trim(reinterpret_cast<uint64_t*>(words), words + (input.numel() + 63) / 64, input.numel(), *capacity);
-      values = torch::stable::clone(torch::stable::narrow(values, 0, 0, *capacity));
-    } else {
-      std::fill(values.mutable_data_ptr<T>() + count, values.mutable_data_ptr<T>() + *capacity, T{0});
+      trim(reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, numel, length);
+      values = torch::stable::clone(torch::stable::narrow(values, 0, 0, length));
+    } else if (padded) {
+      std::fill(values.template mutable_data_ptr<T>() + count, values.template mutable_data_ptr<T>() + length, T{0});
     }
     return {values, mask};
   });
@@ -195,50 +171,48 @@ Tensor decompress_part(const Tensor& values, const Tensor& mask, const Ints& siz
   return unpack(values, mask, size, begin, end, channels_last);
 }
 
-Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& weight_values,
-              const Tensor& weight_mask, const std::optional<Tensor>& /*input_values*/,
-              const std::optional<Tensor>& /*input_mask*/, const Ints& stride, const Ints& padding,
-              const Ints& dilation, int64_t groups, bool channels_last, bool /*retake_weight*/) {
-  return dispatch("input", input, [&]<typename T>() {
-    const ConvGeometry g =
-        check_conv2d(input, weight, bias, weight_values, weight_mask, stride, padding, dilation, groups, check_packed);
-    std::optional<Tensor> offsets;
-    if (bias) offsets = torch::stable::contiguous(*bias);
-    Tensor output = empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), channels_last);
-    cpu::convolution<T>(cpu::active(), torch_threads(), g, read_image<T>(input),
-                        packed<T>(weight_values, weight_mask, weight.numel()),
-                        offsets ? offsets->template const_data_ptr<T>() : nullptr, write_image<T>(output));
-    return output;
+Tensor bias_grad(const Tensor& grad_output, int64_t dim) {
+  return dispatch("grad_output", grad_output, [&]<typename T>() {
+    check_dim(grad_output, dim);
+    Tensor result = empty({grad_output.size(dim)}, grad_output.scalar_type());
+    cpu::bias_grad<T>(cpu::active(), torch_threads(), ChannelImage(grad_output, dim, 3).read<T>(), write<T>(result));
+    return result;
   });
 }
 
-Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight_values, const Tensor& weight_mask,
-                         const Ints& weight_size, const Ints& input_size, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, int64_t groups, bool channels_last) {
-  return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const ConvGeometry g = check_conv2d_grad(grad_output, "weight", weight_values, weight_mask, weight_size, input_size,
-                                             weight_size, stride, padding, dilation, groups, check_packed);
-    Tensor grad_input = empty(input_size, grad_output.scalar_type(), channels_last);
-    cpu::convolution_input_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
-                                   packed<T>(weight_values, weight_mask, product(weight_size)),
-                                   write_image<T>(grad_input));
-    return grad_input;
-  });
-}
+// See convolutions.h.
+struct Cpu {
+  template <typename F>
+  static auto dispatch(const char* name, const Tensor& tensor, F&& f) {
+    return swat::dispatch(name, tensor, f);
+  }
+  static Tensor empty(const Ints& size, const Tensor& like, bool channels_last) {
+    return swat::empty(size, like.scalar_type(), channels_last);
+  }
+  static void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
+    swat::check_packed(name, values, mask, numel);
+  }
+  template <typename T>
+  static cpu::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {
+    return swat::packed<T>(values, mask, numel);
+  }
 
-Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
-                          const Ints& input_size, const Ints& weight_size, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, int64_t groups, bool channels_last, bool /*allow_tf32*/) {
-  return dispatch("grad_output", grad_output, [&]<typename T>() {
-    const ConvGeometry g = check_conv2d_grad(grad_output, "input", input_values, input_mask, input_size, input_size,
-                                             weight_size, stride, padding, dilation, groups, check_packed);
-    Tensor grad_weight = empty(weight_size, grad_output.scalar_type(), channels_last);
-    cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, read_image<T>(grad_output),
-                                    packed<T>(input_values, input_mask, product(input_size)),
-                                    grad_weight.mutable_data_ptr<T>(), channels_last);
-    return grad_weight;
-  });
-}
+  template <typename T>
+  static void convolution(const Tensor&, const ConvGeometry& g, const ImageView<const T>& input,
+                          const cpu::PackedView<T>& weight, const T* bias, const ImageView<T>& output) {
+    cpu::convolution<T>(cpu::active(), torch_threads(), g, input, weight, bias, output);
+  }
+  template <typename T>
+  static void input_grad(const Tensor&, const ConvGeometry& g, const ImageView<const T>& grad_output,
+                         const cpu::PackedView<T>& weight, const ImageView<T>& grad_input) {
+    cpu::convolution_input_grad<T>(cpu::active(), torch_threads(), g, grad_output, weight, grad_input);
+  }
+  template <typename T>
+  static void weight_grad(const Tensor&, const ConvGeometry& g, const ImageView<const T>& grad_output,
+                          const cpu::PackedView<T>& input, T* grad_weight, bool channels_last, bool /*allow_tf32*/) {
+    cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, grad_output, input, grad_weight, channels_last);
+  }
+};
 
 }  // namespace
 }  // namespace swat
@@ -249,7 +223,12 @@ SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("take", TORCH_BOX(&swat::take));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
   m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));
-  m.impl("conv2d", TORCH_BOX(&swat::conv2d));
-  m.impl("conv2d_input_grad", TORCH_BOX(&swat::conv2d_input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&swat::conv2d_weight_grad));
+  m.impl("bias_grad", TORCH_BOX(&swat::bias_grad));
+  using Convolutions = swat::Convolutions<swat::Cpu>;
+  m.impl("conv2d", TORCH_BOX(&Convolutions::conv2d));
+  m.impl("conv2d_input_grad", TORCH_BOX(&Convolutions::conv2d_input_grad));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&Convolutions::conv2d_weight_grad));
+  m.impl("linear", TORCH_BOX(&Convolutions::linear));
+  m.impl("linear_input_grad", TORCH_BOX(&Convolutions::linear_input_grad));
+  m.impl("linear_weight_grad", TORCH_BOX(&Convolutions::linear_weight_grad));
 }

@@ -11,6 +11,7 @@
 
 #include "../kernels/cuda/types.h"
 #include "checks.h"
+#include "images.h"
 #include "layout.h"
 
 // tests/emulator builds the operators with kernels that run on the CPU, to check them where no GPU is at hand.
@@ -75,15 +76,6 @@ inline Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like, bool
 }
 inline Tensor scratch(size_t bytes, const Tensor& like) {
   return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
-}
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 }  // namespace swat::cuda_ops

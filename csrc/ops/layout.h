@@ -43,4 +43,7 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// Whether its elements fill a range of memory, in either of the two formats.
+inline bool is_dense(const Tensor& tensor) { return tensor.is_contiguous() || is_channels_last(tensor); }
+
 }  // namespace swat

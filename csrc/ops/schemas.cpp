@@ -5,7 +5,7 @@
 SWAT_LIBRARY(m) {
   m.def("kth_magnitude(Tensor input, int k) -> Tensor");
   m.def(
-      "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, SymInt? capacity=None) -> (Tensor values, Tensor "
+      "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, bool padded=False) -> (Tensor values, Tensor "
       "mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
@@ -13,10 +13,8 @@ SWAT_LIBRARY(m) {
       "decompress_part(Tensor values, Tensor mask, SymInt[] size, SymInt begin, SymInt end, bool channels_last) -> "
       "Tensor");
   m.def(
-      "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor weight_values, Tensor weight_mask, Tensor? "
-      "input_values, "
-      "Tensor? input_mask, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last, "
-      "bool retake_weight=False) -> Tensor");
+      "conv2d(Tensor input, Tensor weight_values, Tensor weight_mask, SymInt[4] weight_size, Tensor? bias, SymInt[2] "
+      "stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight_values, Tensor weight_mask, SymInt[4] weight_size, "
       "SymInt[4] input_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "
@@ -26,6 +24,15 @@ SWAT_LIBRARY(m) {
       "conv2d_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[4] input_size, "
       "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "
       "channels_last=False, *, bool allow_tf32=False) -> Tensor");
+  m.def(
+      "linear(Tensor input, Tensor weight_values, Tensor weight_mask, SymInt[2] weight_size, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_input_grad(Tensor grad_output, Tensor weight_values, Tensor weight_mask, SymInt[2] weight_size) -> "
+      "Tensor");
+  m.def(
+      "linear_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[2] weight_size, *, bool "
+      "allow_tf32=False) -> Tensor");
+  m.def("bias_grad(Tensor grad_output, int dim) -> Tensor");
   m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_(Tensor(a!) input) -> Tensor mask");
   m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");

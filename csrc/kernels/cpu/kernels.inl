@@ -8,6 +8,7 @@
 //
 #include "activation_lists.inl"
 //
+#include "bias_grad.inl"
 #include "compress.inl"
 #include "gather_conv.inl"
 #include "magnitude.inl"
@@ -44,6 +45,7 @@ constexpr Kernels<T> kernels_of() {
       .depthwise_scratch = depthwise_scratch<T>,
       .depthwise_slice = depthwise_slice<T>,
       .depthwise_reduce = depthwise_reduce<T>,
+      .sum_parts = sum_parts<T>,
       .relu_words = relu_words<T>,
       .mask_words = mask_words<T>,
       .batch_norm_scratch = batch_norm_scratch<T>,

@@ -63,6 +63,9 @@ struct Kernels {
   void (*depthwise_slice)(const DepthwiseParams<T>& params, int64_t slice, int64_t begin, int64_t end, T* scratch);
   void (*depthwise_reduce)(const DepthwiseParams<T>& params, int64_t begin, int64_t end);
 
+  // bias_grad.inl: parts of so many pixels
+  void (*sum_parts)(const ImageView<const T>& image, int64_t part, int64_t begin, int64_t end, T* sums);
+
   // relu.inl: words of 64 elements
   void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
   void (*mask_words)(const T* input, const uint64_t* words, int64_t numel, int64_t begin, int64_t end, T* output);

@@ -266,7 +266,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_tiles(CompressParams<T> p, 
   }
 }
 
-__global__ void compare(const int64_t* kept, int64_t limit, int32_t* condition) { *condition = *kept > limit; }
+template <typename T>
+__global__ void compare(const int64_t* kept, int64_t least, int64_t most, const T* threshold, int32_t* condition) {
+  *condition = *kept > most || (*kept < least && load(*threshold) > 0);
+}
 
 __global__ void __launch_bounds__(kPackThreads)
     trim_blocks(uint32_t* halves, int64_t* ranks, const int64_t* kept, int64_t numel, int64_t capacity) {
@@ -334,8 +337,10 @@ cudaError_t compress(const CompressParams<T>& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cudaStream_t stream) {
-  SWAT_LAUNCH(compare, 1, 1, 0, stream, kept, limit, condition);
+template <typename T>
+cudaError_t outside(const int64_t* kept, int64_t least, int64_t most, const T* threshold, int32_t* condition,
+                    cudaStream_t stream) {
+  SWAT_LAUNCH(compare<T>, 1, 1, 0, stream, kept, least, most, threshold, condition);
   return cudaGetLastError();
 }
 
@@ -355,9 +360,10 @@ cudaError_t clear_tail(T* values, const int64_t* kept, int64_t capacity, cudaStr
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                              \
-  template size_t compress_scratch(const CompressParams<T>&);            \
-  template cudaError_t compress(const CompressParams<T>&, cudaStream_t); \
+#define SWAT_INSTANTIATE(T)                                                                         \
+  template size_t compress_scratch(const CompressParams<T>&);                                       \
+  template cudaError_t compress(const CompressParams<T>&, cudaStream_t);                            \
+  template cudaError_t outside(const int64_t*, int64_t, int64_t, const T*, int32_t*, cudaStream_t); \
   template cudaError_t clear_tail(T*, const int64_t*, int64_t, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

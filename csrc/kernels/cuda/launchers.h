@@ -18,8 +18,10 @@ size_t compress_scratch(const CompressParams<T>& params);
 template <typename T>
 cudaError_t compress(const CompressParams<T>& params, cudaStream_t stream);
 
-// *condition = *kept > limit.
-cudaError_t exceeds(const int64_t* kept, int64_t limit, int32_t* condition, cudaStream_t stream);
+// *condition = whether *kept is more than `most`, or fewer than `least` under a threshold above 0.
+template <typename T>
+cudaError_t outside(const int64_t* kept, int64_t least, int64_t most, const T* threshold, int32_t* condition,
+                    cudaStream_t stream);
 
 // Where more than `capacity` elements are kept, drop the last ones in logical order: clear their bits, correct ranks and *kept.
 cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, int64_t capacity, cudaStream_t stream);
