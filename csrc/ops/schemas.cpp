@@ -7,6 +7,9 @@ SWAT_LIBRARY(m) {
   m.def(
       "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, bool padded=False) -> (Tensor values, Tensor "
       "mask)");
+  m.def(
+      "select(Tensor input, Tensor(a!) threshold, Tensor(b!) clock, SymInt keep, int period, bool padded) -> (Tensor "
+      "values, Tensor mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
