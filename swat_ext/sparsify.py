@@ -15,7 +15,6 @@ from swat_ext.inspect.shapes import copy_model, on_meta
 from swat_ext.modules import SWATLayer
 from swat_ext.modules.around import become_around, become_plain, has_around_form
 from swat_ext.modules.forms import sparse_form
-from swat_ext.modules.fusion import fuse_relus
 from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "dense_shapes", "sparsify_", "survey", "to_dense"]
@@ -104,8 +103,7 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
 
     The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.MaxPool2d``
     or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
-    pattern of ``config.skip`` that matches one leaves it as it is. Where a ReLU alone reads a BatchNorm, the two
-    become one pass; to find those, the forward of a copy without values is traced once.
+    pattern of ``config.skip`` that matches one leaves it as it is.
 
     Args:
         model: any module, on any device that its layers will run on; nothing in it may be sparse already.
@@ -148,7 +146,6 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     slim = [(module, names[0]) for module, names in around.items() if not _matched(names, config.skip or ())]
     for module, _ in slim:
         become_around(module, config.batchnorm)
-    fuse_relus(model)
     for name, reason in skipped.items():
         setattr(left[name].module, _REASON, reason)
     if impossible:
