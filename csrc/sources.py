@@ -3,7 +3,6 @@
 # Kernels that know neither torch nor Python.
 CPU_KERNELS = [
     "kernels/cpu/batch_norm.cpp",
-    "kernels/cpu/block_cache.cpp",
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/depthwise_gradient.cpp",
     "kernels/cpu/dispatch.cpp",
