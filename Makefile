@@ -53,7 +53,8 @@ bench-all: build
 	$(BIN)/python bench/layers.py --layers others --out bench/results/layers.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/memory.py --allocators default,mmap
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/allocator.py
 
 test: python-test cpp-test
 
