@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from swat_ext import demo, report
-from swat_ext.demo import Comparison, Outcome
 from swat_ext.models import resnet18
+from swat_ext.training.comparison import Comparison, Outcome
 from swat_ext.training.figure import draw
 
 pytest.importorskip("skimage")
@@ -100,7 +100,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--sparsity", "2"], "sparsity"), (["--threads", "0"], "threads"), (["--samples", "0"], "train_size")],
+    [(["--sparsity", "2"], "sparsity"), (["--threads", "0"], "threads"), (["--samples", "0"], "error: samples: ")],
 )
 def test_errors_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
