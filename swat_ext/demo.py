@@ -20,6 +20,7 @@ from torch import nn
 from swat_ext import _C
 from swat_ext.config import SWATConfig
 from swat_ext.data import Data, Textures, check_count
+from swat_ext.data.extras import require
 from swat_ext.inspect.profile import profile_memory
 from swat_ext.inspect.report import report
 from swat_ext.models import resnet18
@@ -203,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {threads}")
             torch.set_num_threads(threads)
+        # Before minutes of training, not after them.
+        require("matplotlib", "matplotlib", "the demo's picture")
         out.mkdir(parents=True, exist_ok=True)
         result = compare(**arguments)
         (out / "demo.json").write_text(json.dumps(asdict(result), indent=1) + "\n")

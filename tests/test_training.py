@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -278,9 +279,9 @@ def test_each_step_is_reported() -> None:
     history = trainer.run()
     assert len(steps) == 20
     for epoch, record in enumerate(history):
-        losses = [loss for loss, _ in steps[5 * epoch : 5 * epoch + 5]]
+        losses, seconds = zip(*steps[5 * epoch : 5 * epoch + 5], strict=True)
         assert record["train_loss"] == pytest.approx(sum(losses) / 5)
-    assert all(seconds > 0 for _, seconds in steps)
+        assert record["step_ms"] == round(1000 * statistics.median(seconds), 3)
 
 
 def test_topk_period_and_its_warmup() -> None:
