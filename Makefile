@@ -1,7 +1,8 @@
 # Each target does its own set-up: an environment in .venv, torch, the build. A second run does only what changed.
 #
 #   make demo       train a small ResNet-18 twice, dense and sparse, and compare
-#   make test       the Python and the C++ tests
+#   make test       the C++ and the Python tests, but for those marked slow
+#   make test-all   all of them
 #   make lint       ruff, mypy, clang-format
 #   make bench      time convolutions and training steps against dense PyTorch, and measure memory: some minutes
 #   make bench-all  the same in full, for the results in bench/results: hours
@@ -34,7 +35,7 @@ CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TORCH_WILL_DO := import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)
 
-.PHONY: help demo test lint bench bench-all format cuda-check gpu python-test cpp-test sanitize build system cmake clean distclean
+.PHONY: help demo test test-all lint bench bench-all format cuda-check gpu cpp-test sanitize build system cmake clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' $(firstword $(MAKEFILE_LIST))
@@ -53,12 +54,18 @@ bench-all: build
 	$(BIN)/python bench/layers.py --layers others --out bench/results/layers.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/memory.py --allocators default,mmap
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/allocator.py
 
-test: python-test cpp-test
+# Side by side, one thread each. pytest fails where it finds no test, and so does ctest below.
+PYTEST = $(BIN)/python -m pytest -n $$(nproc) --maxprocesses=8 --dist=worksteal
 
-python-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: build $(VENV)/.stamp-dev cpp-test
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+
+test-all: export HYPOTHESIS_PROFILE ?= ci
+test-all: build $(VENV)/.stamp-dev cpp-test
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: build $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -126,12 +133,12 @@ cmake: | system
 cpp-test: cmake
 	cmake -S . -B build/cpp $(CMAKE_OPTIONS)
 	cmake --build build/cpp -j $(or $(MAX_JOBS),$$(nproc))
-	ctest --test-dir build/cpp --output-on-failure
+	ctest --test-dir build/cpp --no-tests=error --output-on-failure
 
 sanitize: cmake
 	cmake -S . -B build/sanitize -DSWAT_SANITIZE=ON $(CMAKE_OPTIONS)
 	cmake --build build/sanitize -j $(or $(MAX_JOBS),$$(nproc))
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --no-tests=error --output-on-failure
 
 clean:
 	rm -rf build dist *.egg-info swat_ext/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

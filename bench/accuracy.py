@@ -9,6 +9,7 @@ differ from "exact" by more than seeds differ among themselves; nothing is tuned
 """
 
 import argparse
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,6 @@ from typing import Any
 
 import common
 import torch
-from paper_networks import names
 from tqdm import tqdm
 
 from swat_ext import SWATConfig, sparsify_
@@ -56,50 +56,36 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Every run as a point, a panel for each data set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     accuracies = result["accuracies"]
-    figure, panels = pyplot.subplots(
-        1, len(accuracies), figsize=(1 + 3.2 * len(accuracies), 3.4), layout="constrained", squeeze=False
+    with common.picture(path, 1, len(accuracies), (1 + 3.2 * len(accuracies), 3.4)) as (_, panels):
+        for axes, (data, forms) in zip(panels, accuracies.items(), strict=True):
+            for place, (form, values) in enumerate(forms.items()):
+                axes.plot([place] * len(values), [100 * value for value in values], "o", alpha=0.6, color=f"C{place}")
+                axes.plot(place, 100 * statistics.mean(values), "k_", markersize=16, label=form)
+            axes.set_xticks(range(len(forms)), list(forms))
+            axes.set_title(data, fontsize=10)
+            axes.grid(axis="y", alpha=0.3)
+        panels[0].set_ylabel("test accuracy, %")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command line."""
+    parser = common.parser(__doc__, quick="digits, one epoch, two seeds, no file")
+    parser.add_argument(
+        "--data", type=common.names(_DATA), default=["textures", "mnist"], help="default: textures,mnist"
     )
-    for axes, (data, forms) in zip(panels[0], accuracies.items(), strict=True):
-        for place, (form, values) in enumerate(forms.items()):
-            axes.plot([place] * len(values), [100 * value for value in values], "o", alpha=0.6, color=f"C{place}")
-            axes.plot(place, 100 * statistics.mean(values), "k_", markersize=16, label=form)
-        axes.set_xticks(range(len(forms)), list(forms))
-        axes.set_title(data, fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0][0].set_ylabel("test accuracy, %")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", type=names(_DATA), default=["textures", "mnist"], help="default: textures,mnist")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=2048, help="patches in an epoch of textures")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=float, default=0.25, help="factor on ResNet-18's channels")
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--quick", action="store_true", help="digits, one epoch, two seeds, no file")
-    parser.add_argument("--out", type=common.json_file, default=common.default_out("accuracy"))
     options = parser.parse_args(arguments)
+    common.begin(options, "accuracy")
     if options.quick:
         options.data, options.seeds, options.epochs = ["digits"], 2, 1
     if options.seeds < 1 or options.epochs < 1:
         parser.error(f"--seeds, --epochs: expected at least 1, got {options.seeds} and {options.epochs}")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command line."""
-    options = _arguments(arguments)
     result: dict[str, Any] = {
         "conditions": common.conditions(),
         "settings": {
@@ -114,14 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     progress.set_description(f"{data}, {form}, seed {seed}")
                     result["accuracies"][data][form].append(train(data, form, seed, options))
                     progress.update()
-    print(table(result))
-    if not options.quick:
-        common.write_json(options.out, result)
-        options.out.with_suffix(".md").write_text(
-            f"ResNet-18 at {options.width} of its width, {options.sparsity:.0%} sparse, {options.epochs} epochs, "
-            f"{options.seeds} seeds, batch {options.batch}\n\n{common.describe([result])}\n\n{table(result)}\n"
-        )
-        plot(result, options.out.with_suffix(".png"))
+    text = (
+        f"ResNet-18 at {options.width} of its width, {options.sparsity:.0%} sparse, {options.epochs} epochs, "
+        f"{options.seeds} seeds, batch {options.batch}\n\n{common.describe([result])}\n\n{table(result)}"
+    )
+    if options.out is not None:
+        common.write(options.out, result, text, functools.partial(plot, result))
+    common.finish(text, options.out)
     return result
 
 

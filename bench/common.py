@@ -4,6 +4,7 @@ Interleaved, by medians, against the faster dense layout, never on zeros, and wi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -12,9 +13,8 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from swat_ext import _C, functional
+from swat_ext import _C, functional, keep_freed_memory
 
 # A sample shorter than this is repeated: timers and wake-ups of threads would be a visible part of it.
 _SHORTEST_SAMPLE_S = 2e-3
 
 
-# What glibc does with freed memory. "default": large blocks go back to the system, and fresh ones cost a fault a page.
-# "kept": none go back, which makes steps faster, of dense networks too. "mmap": all of 64 KiB or more go back at once.
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "default": {},
-    "kept": {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"},
-    "mmap": {"MALLOC_MMAP_THRESHOLD_": "65536"},
-}
+# What the C library does with freed memory, for dense and sparse alike. "default": large blocks go back to the system,
+# and fresh ones cost a fault a page. "kept": swat_ext.keep_freed_memory().
+ALLOCATORS = ("kept", "default")
+_allocator = "default"
+
+
+def use_allocator(name: str) -> None:
+    """Set one of :data:`ALLOCATORS` for this process, which began with "default" and stays so without glibc."""
+    global _allocator
+    if name == "kept" and keep_freed_memory():
+        _allocator = name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,22 +92,6 @@ def interleaved(
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 
-def keep_freed_memory() -> None:
-    """Start this script again where glibc keeps freed memory, unless it does already or has been told something else.
-
-    For benches of single layers: many candidates in one process would otherwise pay for one another's fresh pages.
-    """
-    if not any(name in os.environ for name in ALLOCATORS["kept"]):
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATORS["kept"]})
-
-
-def _allocator() -> str:
-    """The name in :data:`ALLOCATORS` of how this process was started."""
-    told = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    return next((name for name, variables in ALLOCATORS.items() if variables == told), "as MALLOC_* says")
-
-
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -150,7 +138,7 @@ def conditions() -> dict[str, Any]:
         "isa": _C.isa(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "freed_memory": _allocator(),
+        "freed_memory": _allocator,
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
     }
@@ -198,6 +186,57 @@ def json_file(text: str) -> Path:
     return path
 
 
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A type for :mod:`argparse` that takes a comma-separated list of ``known`` names."""
+
+    def parse(text: str) -> list[str]:
+        values = text.split(",")
+        for value in values:
+            if value not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {value!r}")
+        return values
+
+    return parse
+
+
+def positives(text: str) -> list[int]:
+    """``"64,128"`` as ``[64, 128]``, for :mod:`argparse`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected integers of at least 1 such as 64,128, got {text!r}")
+    return values
+
+
+def parser(doc: str | None, *, quick: str, allocator: str | None = "kept") -> argparse.ArgumentParser:
+    """With the options that benches share.
+
+    Args:
+        doc: of the bench; its first paragraph is shown.
+        quick: what ``--quick`` does.
+        allocator: the default of ``--allocator``; None leaves the option out.
+    """
+    made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    if allocator is not None:
+        help_ = f"whether the C library keeps freed memory, for dense and sparse alike; default: {allocator}"
+        made.add_argument("--allocator", choices=ALLOCATORS, default=allocator, help=help_)
+    made.add_argument("--threads", type=int, help="default: PyTorch's")
+    made.add_argument("--quick", action="store_true", help=quick)
+    made.add_argument("--out", type=json_file, help="JSON file; what is made of it goes beside it")
+    return made
+
+
+def begin(options: argparse.Namespace, name: str | None) -> None:
+    """Act on the options of :func:`parser`; without ``--out`` and ``--quick``, ``out`` is the committed ``name``."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    use_allocator(getattr(options, "allocator", "default"))
+    if options.out is None and name is not None and not options.quick:
+        options.out = Path(__file__).parent / "results" / f"{name}.json"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table whose columns are aligned, so that it reads well in a terminal too."""
     texts = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
@@ -219,21 +258,46 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def merge_rows(path: Path | None, rows: list[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
+def write(path: Path, result: dict[str, Any], text: str, plot: Callable[[Path], None] | None = None) -> None:
+    """The JSON file, the tables beside it, and the picture that ``plot`` draws."""
+    write_json(path, result)
+    path.with_suffix(".md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    if plot is not None:
+        plot(path.with_suffix(".png"))
+
+
+def finish(text: str, out: Path | None) -> None:
+    """Print the tables, and where they were written."""
+    print(text)
+    if out is not None:
+        files = [out.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+        print(f"written: {', '.join(str(file) for file in files if file.is_file())}")
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure and its panels, row by row; it is written at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield figure, list(panels.flat)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def merge_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
     """``rows``, and before them those in the JSON file at ``path`` that differ from all of them in a field of ``key``.
 
     A bench may then be run part by part; each row carries the conditions that it was measured under.
     """
-    if path is None or not path.is_file():
+    if not path.is_file():
         return rows
     known = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
     new = {tuple(row[name] for name in key) for row in rows}
     return [row for row in known if tuple(row.get(name) for name in key) not in new] + rows
-
-
-def default_out(name: str) -> Path:
-    """Where the committed results of a bench lie."""
-    return Path(__file__).parent / "results" / f"{name}.json"
 
 
 def describe(rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str] | None = None) -> str:

@@ -1,5 +1,6 @@
 """The tables and the picture of layers.py."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,15 +48,16 @@ def table(rows: Sequence[_Row]) -> str:
     summaries = [(row, sparsity, summarise(row, sparsity)) for row in rows for sparsity in row["sparsities"]]
     with_sparseprop = any("sparseprop" in summary for *_, summary in summaries)
     with_batch = len({row["batch"] for row in rows}) > 1
-    header = ["layer", *(["batch"] if with_batch else []), "sparsity", *(f"{name} (dense) ms" for name in _PASSES)]
-    header += ["of limit", "compress", "select", "step ms", "dense", "ratio"]
+    header = ["layer", *(["batch"] if with_batch else []), "sparsity", "dense ms", "step ms", "ratio"]
+    header += [*(f"{name} (dense) ms" for name in _PASSES), "of limit", "compress", "select"]
     header += ["sparseprop"] if with_sparseprop else []
     lines: list[list[object]] = []
     for row, sparsity, summary in summaries:
         cells: list[object] = [row["name"], *([row["batch"]] if with_batch else []), f"{sparsity:.0%}"]
+        cells += [summary["dense step"], summary["step"], f"{summary['ratio']:.2f}x"]
         cells += [f"{summary[key]:.2f} ({summary[f'dense {key}']:.1f})" for key in _PASSES]
         cells += [" / ".join(f"{summary[f'fraction of limit, {key}']:.2f}" for key in _PASSES)]
-        cells += [summary[key] for key in ("compress", "select", "step", "dense step")] + [f"{summary['ratio']:.2f}x"]
+        cells += [summary["compress"], summary["select"]]
         lines.append(cells + ([summary.get("sparseprop", "-")] if with_sparseprop else []))
     return common.markdown(header, lines)
 
@@ -111,7 +113,7 @@ def _section(rows: Sequence[_Row]) -> str:
     for total in sums:
         others = f", SparseProp {total['sparseprop']:.0f} ms" if "sparseprop" in total else ""
         lines.append(
-            f"- {total['sparsity']:.0%}: {total['step']:.0f} ms, dense {total['dense step']:.0f} ms: "
+            f"- {total['sparsity']:.0%}: dense {total['dense step']:.0f} ms, sparse {total['step']:.0f} ms: "
             f"{total['ratio']:.2f} times as fast{others}"
         )
     return "\n".join(lines)
@@ -155,36 +157,22 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
 
 def plot(rows: Sequence[_Row], path: Path) -> None:
     """A panel for each table: forward and backward of each layer, with the time at the limit marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tables = _tables(rows)
     width = max(7.0, *(1.5 + (2.2 if len(chosen) < 8 else 1.2) * len(chosen) for chosen in tables))
-    size = (width, 4.2 * len(tables))
-    figure, panels = pyplot.subplots(len(tables), 1, figsize=size, layout="constrained", squeeze=False)
-    for axes, chosen in zip(panels[:, 0], tables, strict=True):
-        _draw(axes, chosen)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with common.picture(path, len(tables), 1, (width, 4.2 * len(tables))) as (_, panels):
+        for axes, chosen in zip(panels, tables, strict=True):
+            _draw(axes, chosen)
 
 
 def merged(path: Path, rows: list[_Row]) -> list[_Row]:
     """``rows``, and with them the layers in the file at ``path`` that were not measured again."""
     if not path.is_file():
         return rows
-    known = json.loads(path.read_text(encoding="utf-8"))
-    # Files from before layers had settings of their own have them once, and ResNet-18 alone.
-    once = {name: known[name] for name in ("conditions", "batch", *_SETTINGS) if name in known}
-    before = [{"group": "resnet18", **once, **row} for row in known.get("layers", [])]
+    before = json.loads(path.read_text(encoding="utf-8"))["layers"]
     # A layer measured again stays at its place.
     return list({tuple(row[name] for name in _KEY): row for row in [*before, *rows]}.values())
 
 
 def write(path: Path, rows: Sequence[_Row]) -> None:
     """The JSON file, and the tables and the picture beside it."""
-    common.write_json(path, result_of(rows))
-    path.with_suffix(".md").write_text(report(rows) + "\n", encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
+    common.write(path, result_of(rows), report(rows), functools.partial(plot, rows))

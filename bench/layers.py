@@ -8,10 +8,10 @@
 the input, forward, both gradients, and its share of one selection every ``--topk-period`` steps. The limit of a pass is
 its share ``1 - sparsity`` of the multiply-adds at the speed of a large matrix product, measured in the same run. Dense
 times are those of the faster of NCHW and channels_last, for each pass and layer on its own. The others are what other
-networks are made of, those included on which dense kernels win: ``backend="auto"`` would choose them there.
+networks are made of, those included on which dense kernels win: ``backend="auto"`` would choose them there. The C
+library keeps freed memory for all of them (``--allocator``): they would pay for one another's fresh pages otherwise.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -93,29 +93,19 @@ def measure_layer(
     }
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__, quick="fewer rounds")
     parser.add_argument("--batch", type=int, default=64, help="of ResNet-18's layers; default: 64")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--sparsity", type=common.percentages, default=[0.8, 0.9, 0.95], help="default: 80,90,95")
     help_ = "a part of ResNet-18, all of it, layers of other networks, or everything; default: 3x3"
     parser.add_argument("--layers", choices=[*RESNET18, "resnet18", "others", "all"], default="3x3", help=help_)
     parser.add_argument("--inputs", choices=["magnitudes", "gaussian", "relu"], default="magnitudes")
-    parser.add_argument(
-        "--layout", choices=["channels_last", "NCHW"], default="channels_last", help="of the sparse layers"
-    )
+    layouts = ["channels_last", "NCHW"]
+    parser.add_argument("--layout", choices=layouts, default="channels_last", help="of the sparse layers")
     parser.add_argument("--topk-period", type=int, default=10, help="steps that share one selection")
     parser.add_argument("--rounds", type=int, help="default: 15, or 5 with --quick")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    help_ = "JSON file, in which layers measured before stay; .md and .png go beside it"
-    parser.add_argument("--out", type=common.json_file, help=help_)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = _arguments(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parser.parse_args(arguments)
+    common.begin(options, None)
     layers = chosen_layers(options.layers)
     rounds = options.rounds or (5 if options.quick else 15)
     shared = {
@@ -140,12 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             rows.append({"group": group, **row, **shared})
             if options.out is not None:  # after each layer, so that an interrupted bench keeps what it measured
                 layer_figures.write(options.out, layer_figures.merged(options.out, rows))
-    print(layer_figures.report(rows))
-    if options.out is not None:
-        print(f"written: {', '.join(str(options.out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
+    common.finish(layer_figures.report(rows), options.out)
     return layer_figures.result_of(rows)
 
 
 if __name__ == "__main__":
-    common.keep_freed_memory()
     main()

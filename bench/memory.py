@@ -2,7 +2,7 @@
 
     python bench/memory.py                                        # every network, about an hour on two cores
     python bench/memory.py --models resnet18 --batchnorm exact,bf16,int8
-    python bench/memory.py --allocators default,mmap              # tells the heap's gaps from what is in use
+    python bench/memory.py --models resnet18 --allocator kept     # with all freed memory kept, as fast steps need
     python bench/memory.py --quick                                # ResNet-18 at batch 32, no largest batch, no file
 
 Each run is a process of its own: it imports, trains one small layer, which loads what torch loads late, then builds the
@@ -16,6 +16,7 @@ train_step.py compares times.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -30,15 +31,7 @@ from typing import Any
 import common
 import memory_figures
 import torch
-from paper_networks import (
-    LAYOUTS,
-    NETWORKS,
-    Trainee,
-    checkpoint_blocks_,
-    make_sparse,
-    names,
-    positives,
-)
+from paper_networks import LAYOUTS, NETWORKS, Trainee, checkpoint_blocks_, make_sparse
 from tqdm import tqdm
 
 import swat_ext
@@ -120,6 +113,7 @@ def _load_everything(device: str) -> None:
 def run_case(case: Case) -> dict[str, Any]:
     """Train the case's network in this process; bytes and milliseconds."""
     torch.set_num_threads(case.threads)
+    common.use_allocator(case.allocator)
     cuda = case.device == "cuda"
     _load_everything(case.device)
     idle = torch.cuda.memory_allocated() if cuda else _status("VmRSS")
@@ -149,7 +143,7 @@ def run_case(case: Case) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else _peak()
     trainee.check()
     result = {"idle": idle, "ready": ready, "peak": peak, "peak_is_of_steps": exact}
-    # The first step selects, and with "auto" it times kernels: no time of a step.
+    # The first step selects, for all layers at once: no time of a step.
     result["first_step_ms"] = times[0]
     if len(times) > 1:
         result["step_ms"] = statistics.median(times[1:])
@@ -171,11 +165,7 @@ def _spawn(case: Case) -> dict[str, Any] | None:
     """
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(dataclasses.asdict(case))]
     paths = [str(Path(swat_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        **common.ALLOCATORS[case.allocator],
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -235,11 +225,9 @@ def _propose(peaks: dict[int, int], limit: int, fits: int, too_large: int | None
     return min(max(int(guess), lowest), highest)
 
 
-def measure_network(
-    options: argparse.Namespace, name: str, batch: int, allocator: str, progress: tqdm
-) -> list[dict[str, Any]]:
-    """A row for each run of one network with one allocator; the first allocator alone has a largest batch."""
-    network, conditions = NETWORKS[name], common.conditions() | {"freed_memory": allocator}
+def measure_network(options: argparse.Namespace, name: str, batch: int, progress: tqdm) -> list[dict[str, Any]]:
+    """A row for each run of one network."""
+    network, conditions = NETWORKS[name], common.conditions()
     base = Case(
         model=name,
         batch=batch,
@@ -251,7 +239,7 @@ def measure_network(
         steps=options.steps,
         threads=torch.get_num_threads(),
         device=options.device,
-        allocator=allocator,
+        allocator=options.allocator,
     )
 
     def result_of(case: Case) -> dict[str, Any] | None:
@@ -276,7 +264,7 @@ def measure_network(
         row |= {"conditions": conditions, "out_of_memory": found is None, **(found or {})}
         if found is not None and found["idle"] is not None:
             row["growth"] = found["peak"] - found["idle"]
-        if options.limit and allocator == options.allocators[0]:
+        if options.limit:
             limit = int(options.limit * 2**30)
 
             def peak_of(size: int, case: Case = case, known: dict[str, Any] | None = found) -> int | None:
@@ -291,62 +279,41 @@ def measure_network(
     return rows
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
-    parser.add_argument("--batch", type=positives, help="default: 64, or 16 at 224 pixels")
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    quick = "ResNet-18, batch 32, 90%%, no largest batch, no file"
+    parser = common.parser(__doc__, quick=quick, allocator="default")
+    parser.add_argument("--models", type=common.names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
+    parser.add_argument("--batch", type=common.positives, help="default: 64, or 16 at 224 pixels")
     parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90")
-    parser.add_argument(
-        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
-    )
-    parser.add_argument(
-        "--allocators",
-        type=names(list(common.ALLOCATORS)),
-        default=["default"],
-        help="what glibc does with freed memory, some of default,kept,mmap; default: default",
-    )
+    forms = common.names(BATCHNORMS)
+    parser.add_argument("--batchnorm", type=forms, default=["exact"], help=f"some of {','.join(BATCHNORMS)}")
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; default: 4")
     parser.add_argument("--limit", type=float, help="GiB for the largest batch, 0 for none; default: 2")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
-    parser.add_argument("--quick", action="store_true", help="ResNet-18, batch 32, 90%%, no largest batch, no file")
-    parser.add_argument(
-        "--out", type=common.json_file, help="JSON file; .md and .png go beside it. Default: bench/results/memory.json"
-    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    quick = options.quick
-    options.models = options.models or (["resnet18"] if quick else list(NETWORKS))
-    options.sparsity = options.sparsity or ([0.9] if quick else [0.8, 0.9])
-    options.limit = (0.0 if quick else 2.0) if options.limit is None else options.limit
-    name = "memory" if options.device == "cpu" else "memory-cuda"
-    options.out = options.out or (None if quick else common.default_out(name))
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    options = _arguments(arguments)
     if options.case is not None:
         print(json.dumps(run_case(Case(**json.loads(options.case)))))
         return []
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    common.begin(options, "memory" if options.device == "cpu" else "memory-cuda")
+    models = options.models or (["resnet18"] if options.quick else list(NETWORKS))
+    options.sparsity = options.sparsity or ([0.9] if options.quick else [0.8, 0.9])
+    options.limit = (0.0 if options.quick else 2.0) if options.limit is None else options.limit
     cases = []
-    for name in options.models:
-        batches = options.batch or ([32] if options.quick else NETWORKS[name].batches[:1])
-        cases += [(name, batch, allocator) for batch in batches for allocator in options.allocators]
+    for name in models:
+        cases += [(name, batch) for batch in options.batch or ([32] if options.quick else NETWORKS[name].batches[:1])]
     rows: list[dict[str, Any]] = []
     runs = 3 + len(options.batchnorm) * len(options.sparsity)
     with tqdm(total=len(cases) * runs, unit="run") as progress:
-        for name, batch, allocator in cases:
-            rows += measure_network(options, name, batch, allocator, progress)
+        for name, batch in cases:
+            rows += measure_network(options, name, batch, progress)
             if options.out is not None:  # after each network, so that an interrupted bench keeps what it measured
                 merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "run", "allocator"))
-                memory_figures.write(options.out, merged)
-    print(memory_figures.report(rows))
-    if options.out is not None:
-        print(f"written: {', '.join(str(options.out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
+                merged = memory_figures.ordered(merged)
+                plot = functools.partial(memory_figures.plot, merged)
+                common.write(options.out, {"rows": merged}, memory_figures.report(merged), plot)
+    common.finish(memory_figures.report(rows), options.out)
     return rows
 
 

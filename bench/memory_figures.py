@@ -28,7 +28,8 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _sorted(rows: Sequence[_Row]) -> list[_Row]:
+def ordered(rows: Sequence[_Row]) -> list[_Row]:
+    """By network, batch and allocator, dense first."""
     models = list(NETWORKS)
     order = {"dense": 0, "checkpoint": 1}
     return sorted(
@@ -46,7 +47,7 @@ def _sorted(rows: Sequence[_Row]) -> list[_Row]:
 
 def report(rows: Sequence[_Row]) -> str:
     """The tables, in Markdown."""
-    rows = _sorted(rows)
+    rows = ordered(rows)
     lines: list[list[object]] = []
     for row in rows:
         dense = _dense(rows, row)
@@ -94,8 +95,7 @@ def report(rows: Sequence[_Row]) -> str:
             f"held: for the backward pass, parameters and images aside. idle, ready, peak ({device}): before the",
             "model is built, after its first small step, and the most during the steps. growth: peak less idle, so",
             "weights, gradients, momentum, held tensors and all that is short-lived. Each run is a process of its own.",
-            "allocator mmap: blocks of 64 KiB or more go back to the system as soon as they are freed (slower), so",
-            "that no gaps in the heap are part of the peak.",
+            "allocator kept: all freed memory stays in the process, of dense runs too (faster steps).",
             "",
             common.markdown(header, lines),
             *(f"\n{note}" for note in notes),
@@ -106,48 +106,34 @@ def report(rows: Sequence[_Row]) -> str:
 
 def plot(rows: Sequence[_Row], path: Path) -> None:
     """Held bytes, growth to the peak, and the largest batch, each as a ratio to the dense run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = _sorted(rows)
+    rows = ordered(rows)
     groups = list(dict.fromkeys((row["model"], row["batch"], row["width"], row["allocator"]) for row in rows))
     runs = list(dict.fromkeys(row["run"] for row in rows))
     panels = {"held": "held for the backward pass", "growth": "peak of the process, less what it began with"}
     if any(row.get("largest_batch") for row in rows):
         panels["largest_batch"] = "largest batch"
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(len(panels) * (1.6 + 1.1 * len(groups)), 4), layout="constrained"
-    )
     width = 0.84 / len(runs)
-    for panel, (field, title) in zip([axes] if len(panels) == 1 else list(axes), panels.items(), strict=True):
-        for number, run in enumerate(runs):
-            heights = []
-            for group in groups:
-                fields = ("model", "batch", "width", "allocator", "run")
-                found = (row for row in rows if tuple(row[field] for field in fields) == (*group, run))
-                row = next(found, None)
-                heights.append(0.0 if row is None else _ratio(row, _dense(rows, row), field) or 0.0)
-            places = [place + number * width for place in range(len(groups))]
-            color = {"dense": "0.6", "checkpoint": "0.8"}.get(run, f"C{number - 2}")
-            bars = panel.bar(places, heights, width, color=color, label=run)
-            panel.bar_label(bars, [f"{height:.2f}" if height else "" for height in heights], fontsize=7, rotation=90)
-        titles = [
-            f"{NETWORKS[model].title}\nbatch {batch}" + ("" if allocator == "default" else f", {allocator}")
-            for model, batch, _, allocator in groups
-        ]
-        panel.set_xticks([place + 0.42 - width / 2 for place in range(len(groups))], titles, fontsize=7)
-        panel.set_title(f"{title}, dense = 1", fontsize=9)
-        panel.margins(y=0.15)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def write(path: Path, rows: Sequence[_Row]) -> None:
-    """The JSON file, and the tables and the picture beside it."""
-    common.write_json(path, {"rows": _sorted(rows)})
-    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
+    size = (len(panels) * (1.6 + 1.1 * len(groups)), 4.0)
+    with common.picture(path, 1, len(panels), size) as (figure, axes):
+        for panel, (field, title) in zip(axes, panels.items(), strict=True):
+            for number, run in enumerate(runs):
+                heights = []
+                for group in groups:
+                    fields = ("model", "batch", "width", "allocator", "run")
+                    found = (row for row in rows if tuple(row[field] for field in fields) == (*group, run))
+                    row = next(found, None)
+                    heights.append(0.0 if row is None else _ratio(row, _dense(rows, row), field) or 0.0)
+                places = [place + number * width for place in range(len(groups))]
+                color = {"dense": "0.6", "checkpoint": "0.8"}.get(run, f"C{number - 2}")
+                bars = panel.bar(places, heights, width, color=color, label=run)
+                panel.bar_label(
+                    bars, [f"{height:.2f}" if height else "" for height in heights], fontsize=7, rotation=90
+                )
+            titles = [
+                f"{NETWORKS[model].title}\nbatch {batch}" + ("" if allocator == "default" else f", {allocator}")
+                for model, batch, _, allocator in groups
+            ]
+            panel.set_xticks([place + 0.42 - width / 2 for place in range(len(groups))], titles, fontsize=7)
+            panel.set_title(f"{title}, dense = 1", fontsize=9)
+            panel.margins(y=0.15)
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)

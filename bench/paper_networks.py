@@ -1,10 +1,9 @@
 """The networks that the benches of whole training steps run, dense and sparse, and a step of them."""
 
-import argparse
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,27 +124,3 @@ def checkpoint_blocks_(model: nn.Module) -> int:
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)
-
-
-def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """A type for :mod:`argparse` that takes a comma-separated list of ``known`` names."""
-
-    def parse(text: str) -> list[str]:
-        values = text.split(",")
-        for value in values:
-            if value not in known:
-                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {value!r}")
-        return values
-
-    return parse
-
-
-def positives(text: str) -> list[int]:
-    """``"64,128"`` as ``[64, 128]``, for :mod:`argparse`."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected integers of at least 1 such as 64,128, got {text!r}")
-    return values

@@ -7,10 +7,11 @@
 One thing varies along an axis, the rest stays at ``--batch``, ``--sparsity``, ``--width`` and ``--threads``. A point is
 what a training step does with the layer, as in layers.py: compression, forward and both gradients through autograd, and
 its share of one selection every ``--topk-period`` steps. Dense PyTorch is timed in both layouts in the same interleaved
-rounds of the same point, and the faster one counts.
+rounds of the same point, and the faster one counts; the C
+library keeps freed memory for all of them (``--allocator``).
 """
 
-import argparse
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import common
 import torch
 from layer_calls import Layer, dense_calls, swat_calls, tensors_of
-from paper_networks import names, positives
 from tqdm import tqdm
 
 AXES = ("sparsity", "batch", "threads", "width")
@@ -98,75 +98,57 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each axis: milliseconds, dense and sparse, and the ratio at each point."""
-    import matplotlib
+    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
+    with common.picture(path, 1, len(axes), (3.6 * len(axes) + 0.5, 3.8)) as (figure, panels):
+        for panel, axis in zip(panels, axes, strict=True):
+            _draw(panel, axis, [row for row in rows if row["axis"] == axis])
+        machine = rows[-1]["conditions"]
+        figure.suptitle(f"3x3 convolution on {machine['cpu']}, {machine['isa']}", fontsize=10)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def _draw(panel: Any, axis: str, chosen: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import NullFormatter
 
-    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.6 * len(axes) + 0.5, 3.8), layout="constrained")
-    for panel, axis in zip([panels] if len(axes) == 1 else panels, axes, strict=True):
-        chosen = [row for row in rows if row["axis"] == axis]
-        places = range(len(chosen))
-        panel.plot(places, [row["dense_ms"] for row in chosen], "o-", color="0.5", label="dense PyTorch, faster layout")
-        panel.plot(places, [row["sparse_ms"] for row in chosen], "o-", color="C0", label="sparse")
-        for place, row in enumerate(chosen):
-            text = f"{row['ratio']:.1f}x"
-            panel.annotate(text, (place, row["sparse_ms"]), (0, -13), textcoords="offset points", ha="center", size=8)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        times = [row[key] for row in chosen for key in ("dense_ms", "sparse_ms")]
-        # Over a decade or more the labels between its ends would run into each other.
-        panel.yaxis.set_minor_formatter("{x:g}" if max(times) < 20 * min(times) else NullFormatter())
-        panel.tick_params(axis="y", which="both", labelsize=7)
-        panel.margins(x=0.1, y=0.18)
-        panel.set_xticks(places, [_show(axis, row[axis]) for row in chosen], fontsize=8)
-        panel.set_xlabel(" ".join(filter(None, (axis, f"({_UNITS[axis]})" if _UNITS[axis] else ""))))
-        panel.set_ylabel("forward + backward, ms")
-        fixed = ", ".join(f"{name} {_show(name, chosen[0][name])}" for name in AXES if name != axis)
-        panel.set_title(fixed, fontsize=8)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    machine = rows[-1]["conditions"]
-    figure.suptitle(f"3x3 convolution on {machine['cpu']}, {machine['isa']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows = sorted(rows, key=lambda row: (AXES.index(row["axis"]), row[row["axis"]]))
-    common.write_json(path, {"rows": rows})
-    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--axes", type=names(AXES), default=list(AXES), help=f"some of {','.join(AXES)}; default: all")
-    parser.add_argument("--sparsity", type=common.percentages, default=[0.9], help="off its axis; default: 90")
-    parser.add_argument("--batch", type=positives, default=[32], help="off its axis; default: 32")
-    parser.add_argument("--width", type=positives, default=[128], help="channels off their axis; default: 128")
-    parser.add_argument("--size", type=int, default=16, help="pixels along each side; default: 16")
-    parser.add_argument("--threads", type=int, help="off their axis; default: PyTorch's")
-    parser.add_argument("--topk-period", type=int, default=10, help="steps that share one selection")
-    parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few points and rounds, no file")
-    parser.add_argument(
-        "--out", type=common.json_file, help="JSON file; .md and .png go beside it. Default: bench/results/scaling.json"
-    )
-    return parser.parse_args(arguments)
+    places = range(len(chosen))
+    panel.plot(places, [row["dense_ms"] for row in chosen], "o-", color="0.5", label="dense PyTorch, faster layout")
+    panel.plot(places, [row["sparse_ms"] for row in chosen], "o-", color="C0", label="sparse")
+    for place, row in enumerate(chosen):
+        text = f"{row['ratio']:.1f}x"
+        panel.annotate(text, (place, row["sparse_ms"]), (0, -13), textcoords="offset points", ha="center", size=8)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    times = [row[key] for row in chosen for key in ("dense_ms", "sparse_ms")]
+    # Over a decade or more the labels between its ends would run into each other.
+    panel.yaxis.set_minor_formatter("{x:g}" if max(times) < 20 * min(times) else NullFormatter())
+    panel.tick_params(axis="y", which="both", labelsize=7)
+    panel.margins(x=0.1, y=0.18)
+    panel.set_xticks(places, [_show(axis, row[axis]) for row in chosen], fontsize=8)
+    panel.set_xlabel(" ".join(filter(None, (axis, f"({_UNITS[axis]})" if _UNITS[axis] else ""))))
+    panel.set_ylabel("forward + backward, ms")
+    fixed = ", ".join(f"{name} {_show(name, chosen[0][name])}" for name in AXES if name != axis)
+    panel.set_title(fixed, fontsize=8)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    options = _arguments(arguments)
+    parser = common.parser(__doc__, quick="few points and rounds, no file")
+    parser.add_argument(
+        "--axes", type=common.names(AXES), default=list(AXES), help=f"some of {','.join(AXES)}; default: all"
+    )
+    parser.add_argument("--sparsity", type=common.percentages, default=[0.9], help="off its axis; default: 90")
+    parser.add_argument("--batch", type=common.positives, default=[32], help="off its axis; default: 32")
+    parser.add_argument("--width", type=common.positives, default=[128], help="channels off their axis; default: 128")
+    parser.add_argument("--size", type=int, default=16, help="pixels along each side; default: 16")
+    parser.add_argument("--topk-period", type=int, default=10, help="steps that share one selection")
+    parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
+    options = parser.parse_args(arguments)
+    common.begin(options, "scaling")
     rounds = options.rounds or (3 if options.quick else 9)
-    out = options.out or (None if options.quick else common.default_out("scaling"))
     base = {
         "sparsity": options.sparsity[0],
         "batch": options.batch[0],
-        "threads": options.threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "width": options.width[0],
         "size": options.size,
     }
@@ -178,15 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             progress.set_description(f"{axis} {_show(axis, point[axis])}")
             measured = measure(point, rounds=rounds, period=options.topk_period)
             rows.append({"axis": axis, **point, "rounds": rounds, "conditions": conditions, **measured})
-    if out is not None:
-        rows = common.merge_rows(out, rows, ("axis",))
-        _write(out, rows)
-    print(report(rows))
-    if out is not None:
-        print(f"written: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
+    if options.out is not None:
+        rows = common.merge_rows(options.out, rows, ("axis",))
+        rows.sort(key=lambda row: (AXES.index(row["axis"]), row[row["axis"]]))
+        common.write(options.out, {"rows": rows}, report(rows), functools.partial(plot, rows))
+    common.finish(report(rows), options.out)
     return rows
 
 
 if __name__ == "__main__":
-    common.keep_freed_memory()
     main()

@@ -8,13 +8,12 @@ Each network of a row has a process of its own, and they take their steps in tur
 whole selection period (``--topk-period`` steps, one of which selects), a dense time is that of the faster layout; both
 are medians over the rounds. Weights and saved activations have the same sparsity. Where the time goes is profiled
 afterwards, in steps that select and steps that do not, weighted as they occur; "rest" is what no category names, Python
-included. With --allocators default,kept everything is measured a second time where glibc keeps freed memory, which
-helps dense networks.
+included. The C library keeps freed memory in all of the processes, or in none (``--allocator default``).
 """
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import statistics
@@ -28,7 +27,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import common
 import torch
-from paper_networks import LAYOUTS, NETWORKS, Network, Trainee, make_sparse, names, positives
+from paper_networks import LAYOUTS, NETWORKS, Network, Trainee, make_sparse
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -128,7 +127,8 @@ def breakdown(trainee: Trainee, period: int) -> dict[str, float]:
 class Runner:
     """What the process of one network does."""
 
-    def __init__(self, name: str, batch: int, width: float, run: Run, period: int) -> None:
+    def __init__(self, name: str, batch: int, width: float, run: Run, period: int, allocator: str) -> None:
+        common.use_allocator(allocator)
         network = NETWORKS[name]
         model = network.build(width=width)
         if run.sparsity is None:
@@ -169,16 +169,14 @@ def measure(
 ) -> dict[str, Any]:
     """One row: every network's time, the ratios, and where the time goes."""
     progress.set_description(f"{network.title}, batch {batch}")
-    conditions = common.conditions() | {"freed_memory": allocator}
+    conditions = common.conditions()
     runs = {
         _label(sparsity, name): Run("channels_last", sparsity, name) for name in batchnorms for sparsity in sparsities
     }
     runs |= {f"dense {layout}": Run(layout, None, "exact") for layout in LAYOUTS}
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(
-                Worker(Runner, network.name, batch, width, run, period, environment=common.ALLOCATORS[allocator])
-            )
+            name: stack.enter_context(Worker(Runner, network.name, batch, width, run, period, allocator))
             for name, run in runs.items()
         }
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -244,7 +242,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         lines.append([*start, *cells])
     parts = [
         [row["title"], row["batch"], name, *(f"{part[category]:.0f}" for category in CATEGORIES)]
-        for row in _usual(rows)
+        for row in rows
         for name, part in row["breakdown"].items()
     ]
     return "\n".join(
@@ -276,20 +274,13 @@ def _cell(row: dict[str, Any], label: str) -> str:
     return f"{timing['median_ms']:.0f} ({ratio})"
 
 
-def _usual(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the first allocator alone: the others are there to be compared in the table."""
-    return [row for row in rows if row["allocator"] == rows[0]["allocator"]]
-
-
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A bar for each run, as a share of its dense step, by category."""
-    import matplotlib
+    with common.picture(path, 1, 1, (2 + 2.1 * len(rows), 4.8)) as (_, (axes,)):
+        _draw(axes, rows)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    rows = _usual(rows)
-    figure, axes = pyplot.subplots(figsize=(2 + 2.1 * len(rows), 4.8), layout="constrained")
+def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     place, ticks = 0.0, []
     for row in rows:
         dense = sum(row["breakdown"]["dense"].values())
@@ -305,7 +296,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 bottom += height
             axes.text(place, bottom, name if name == "dense" else f"{name}\n{ratio:.1f}x", ha="center", va="bottom")
             place += 1
-        ticks.append(((start + place - 1) / 2, f"{row['title']}\nbatch {row['batch']}"))
+        kept = "" if row["allocator"] == "kept" else f"\n{row['allocator']} allocator"
+        ticks.append(((start + place - 1) / 2, f"{row['title']}\nbatch {row['batch']}{kept}"))
         place += 0.7
     for number, category in enumerate(CATEGORIES):
         axes.bar(0, 0, color=f"C{number}" if category != "rest" else "0.7", label=category)
@@ -315,58 +307,34 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8, ncols=4, loc="upper center")
     machine = rows[-1]["conditions"]
     axes.set_title(f"{machine['threads']} threads, {machine['cpu']}, {machine['isa']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _place(row: dict[str, Any]) -> tuple[int, ...]:
-    return (list(common.ALLOCATORS).index(row["allocator"]), list(NETWORKS).index(row["model"]), row["batch"])
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows = sorted(rows, key=_place)
-    common.write_json(path, {"rows": rows})
-    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--models", type=names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
-    parser.add_argument("--batch", type=positives, help="default: 64,128, or 16 at 224 pixels")
-    parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90,95")
-    parser.add_argument(
-        "--batchnorm", type=names(BATCHNORMS), default=["exact"], help=f"some of {','.join(BATCHNORMS)}"
-    )
-    parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
-    parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
-    parser.add_argument(
-        "--allocators", type=names(list(common.ALLOCATORS)), default=["default"], help="some of default,kept,mmap"
-    )
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
-    help_ = "JSON file; .md and .png go beside it. Default: bench/results/train_step.json"
-    parser.add_argument("--out", type=common.json_file, help=help_)
-    return parser.parse_args(arguments)
+    return (common.ALLOCATORS.index(row["allocator"]), list(NETWORKS).index(row["model"]), row["batch"])
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    options = _arguments(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    parser = common.parser(__doc__, quick="ResNet-18 and VGG-16, batch 64, 90%%, one round, no file")
+    parser.add_argument("--models", type=common.names(list(NETWORKS)), help=f"default: {','.join(NETWORKS)}")
+    parser.add_argument("--batch", type=common.positives, help="default: 64,128, or 16 at 224 pixels")
+    parser.add_argument("--sparsity", type=common.percentages, help="default: 80,90,95")
+    forms = common.names(BATCHNORMS)
+    parser.add_argument("--batchnorm", type=forms, default=["exact"], help=f"some of {','.join(BATCHNORMS)}")
+    parser.add_argument("--topk-period", type=int, default=10, help="steps from one selection to the next")
+    parser.add_argument("--rounds", type=int, help="selection periods; default: 3, or 1 with --quick")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels, for trials")
+    options = parser.parse_args(arguments)
+    common.begin(options, "train_step")
     models = options.models or (["resnet18", "vgg16"] if options.quick else list(NETWORKS))
     sparsities = options.sparsity or ([0.9] if options.quick else [0.8, 0.9, 0.95])
     rounds = options.rounds or (1 if options.quick else 3)
-    out = options.out or (None if options.quick else common.default_out("train_step"))
     cases = []
     for name in models:
         batches = options.batch or NETWORKS[name].batches[: 1 if options.quick else None]
-        cases += [(NETWORKS[name], batch, allocator) for batch in batches for allocator in options.allocators]
+        cases += [(NETWORKS[name], batch) for batch in batches]
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(cases) * rounds * options.topk_period, unit="step") as progress:
-        for network, batch, allocator in cases:
+        for network, batch in cases:
             row = measure(
                 network,
                 batch,
@@ -375,15 +343,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 rounds=rounds,
                 period=options.topk_period,
                 width=options.width,
-                allocator=allocator,
+                allocator=options.allocator,
                 progress=progress,
             )
             rows.append(row)
-            if out is not None:  # after each row, so that an interrupted run keeps what it measured
-                _write(out, common.merge_rows(out, rows, ("model", "batch", "width", "allocator")))
-    print(report(rows))
-    if out is not None:
-        print(f"written: {', '.join(str(out.with_suffix(suffix)) for suffix in ('.json', '.md', '.png'))}")
+            if options.out is not None:  # after each row, so that an interrupted run keeps what it measured
+                merged = common.merge_rows(options.out, rows, ("model", "batch", "width", "allocator"))
+                merged.sort(key=_place)
+                common.write(options.out, {"rows": merged}, report(merged), functools.partial(plot, merged))
+    common.finish(report(rows), options.out)
     return rows
 
 

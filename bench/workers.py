@@ -5,9 +5,8 @@ gains from, the blocks that they freed. A process each is what users have.
 """
 
 import multiprocessing
-import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
@@ -34,24 +33,14 @@ class Worker:
 
     Args:
         make: a function or class that the new process can import.
-        environment: variables set in the new process before anything is loaded, such as those that glibc reads.
     """
 
-    def __init__(
-        self, make: Callable[..., object], *arguments: Any, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, make: Callable[..., object], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        before = dict(os.environ)
-        os.environ.update(environment or {})
-        try:
-            self._process = context.Process(
-                target=_serve, args=(theirs, torch.get_num_threads(), make, arguments), daemon=True
-            )
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        serve = (theirs, torch.get_num_threads(), make, arguments)
+        self._process = context.Process(target=_serve, args=serve, daemon=True)
+        self._process.start()
         theirs.close()
         self._receive()
 

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "kernels/cpu/block_cache.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -33,21 +32,6 @@ py::dict build_info() {
   return info;
 }
 
-py::dict cache_usage() {
-  swat::cpu::BlockCache* const cache = swat::cpu::BlockCache::shared();
-  const auto usage = cache ? cache->usage() : swat::cpu::BlockCache::Usage{};
-  py::dict result;
-  result["used"] = usage.used;
-  result["cached"] = usage.cached;
-  result["peak"] = usage.peak;
-  return result;
-}
-
-size_t empty_cache() {
-  swat::cpu::BlockCache* const cache = swat::cpu::BlockCache::shared();
-  return cache ? cache->trim(0) : 0;
-}
-
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (swat::cpu::Isa isa : swat::cpu::supported()) names.emplace_back(swat::cpu::name(isa));
@@ -59,9 +43,8 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_C, module) {
   // What this throws becomes an ImportError with the same words.
   swat::cpu::force_from_environment();
-  swat::cpu::BlockCache::shared();
 
-  module.doc() = "Build information, the instruction set of the CPU kernels, and the cache of their memory.";
+  module.doc() = "Build information, and the instruction set of the CPU kernels.";
   module.def(
       "build_info", &build_info,
       "How this extension was built: version, compiler, flags, cuda (bool) and torch, the version built against.");
@@ -73,8 +56,4 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", &swat::cpu::force, py::arg("isa"),
              "Use the instruction set of this name, or 'auto' for the fastest, in every later call.\n\n"
              "Raises ValueError if the name is unknown or the processor does not support the set.");
-  module.def("empty_cache", &empty_cache,
-             "Give the freed blocks of CPU results back to the system; returns their bytes.");
-  module.def("cache_usage", &cache_usage,
-             "Bytes of CPU results in cached blocks: used, cached (freed and kept) and peak (most ever used).");
 }

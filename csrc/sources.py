@@ -4,7 +4,6 @@
 CPU_KERNELS = [
     "kernels/cpu/batch_norm.cpp",
     "kernels/cpu/bias_grad.cpp",
-    "kernels/cpu/block_cache.cpp",
     "kernels/cpu/convolution.cpp",
     "kernels/cpu/depthwise_gradient.cpp",
     "kernels/cpu/dispatch.cpp",

@@ -12,11 +12,6 @@ class BuildInfo(TypedDict):
     cuda: bool  # whether CUDA kernels were built
     torch: str  # the version built against
 
-class CacheUsage(TypedDict):
-    used: int  # bytes in blocks of living tensors
-    cached: int  # bytes freed and kept
-    peak: int  # most bytes ever used at once, or since they were last given back
-
 def build_info() -> BuildInfo: ...
 def isa() -> str:
     """Name of the instruction set that the CPU kernels use: ``"portable"``, ``"avx2"`` or ``"avx512"``."""
@@ -29,6 +24,3 @@ def set_isa(isa: str) -> None:
 
     Raises ``ValueError`` if the name is unknown or the processor does not support the set.
     """
-
-def empty_cache() -> int: ...
-def cache_usage() -> CacheUsage: ...

@@ -1,8 +1,8 @@
 """Sparse training with real kernels: SWAT's sparse weights and activations for PyTorch, faster and smaller."""
 
 from swat_ext import functional
+from swat_ext.allocator import keep_freed_memory
 from swat_ext.config import SWATConfig
-from swat_ext.cpu_cache import CacheUsage, cache_usage, empty_cache
 from swat_ext.inspect.profile import MemoryProfile, profile_memory
 from swat_ext.inspect.report import Report, report
 from swat_ext.modules import SWATAvgPool2d, SWATBatchNorm2d, SWATConv2d, SWATLayer, SWATLinear, SWATMaxPool2d, SWATReLU
@@ -10,7 +10,6 @@ from swat_ext.scheduler import SWATScheduler
 from swat_ext.sparsify import Sparsified, SparsifyWarning, sparsify_, to_dense
 
 __all__ = [
-    "CacheUsage",
     "MemoryProfile",
     "Report",
     "SWATAvgPool2d",
@@ -24,9 +23,8 @@ __all__ = [
     "SWATScheduler",
     "Sparsified",
     "SparsifyWarning",
-    "cache_usage",
-    "empty_cache",
     "functional",
+    "keep_freed_memory",
     "profile_memory",
     "report",
     "sparsify_",

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,16 +19,17 @@ from torch import nn
 
 from swat_ext import _C
 from swat_ext.config import SWATConfig
-from swat_ext.data import Data, Textures
+from swat_ext.data import Data, Textures, check_count
+from swat_ext.data.extras import require
 from swat_ext.inspect.profile import profile_memory
 from swat_ext.inspect.report import report
-from swat_ext.inspect.table import human_bytes, human_count, render
 from swat_ext.models import resnet18
 from swat_ext.sparsify import sparsify_
 from swat_ext.training import RECIPES, Diverged, Recipe, Trainer
+from swat_ext.training.comparison import Comparison, Outcome
 from swat_ext.training.figure import draw
 
-__all__ = ["Comparison", "Outcome", "compare", "main"]
+__all__ = ["compare", "main"]
 
 # The size of the demo: under six minutes on two cores, most of it the dense run.
 WIDTH = 0.5
@@ -41,77 +42,6 @@ SEED = 0
 
 # Steps that choose the faster layout of the dense network: the first ones warm up, the rest are timed.
 _TRIAL_WARMUP, _TRIAL_STEPS = 2, 5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One training run, as measured.
-
-    Attributes:
-        name: what to call it.
-        layout: "channels_last" or "contiguous".
-        test_accuracy: after the last epoch, in [0, 1].
-        flops: training FLOPs of all steps, convolutions and classifier.
-        step_ms: median milliseconds of a step: forward, backward and update.
-        held_bytes: bytes held between a step's forward and backward; parameters, buffers and images aside.
-        losses: training loss (nats) of each step.
-        seconds: of all steps, at the end of each epoch.
-        test_accuracies: at the end of each epoch.
-    """
-
-    name: str
-    layout: str
-    test_accuracy: float
-    flops: float
-    step_ms: float
-    held_bytes: int
-    losses: list[float]
-    seconds: list[float]
-    test_accuracies: list[float]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Both runs, and the conditions in words."""
-
-    dense: Outcome
-    swat: Outcome
-    conditions: str
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """What was compared, dense, SWAT, and the difference in words."""
-        dense, swat = self.dense, self.swat
-        points = 100 * (swat.test_accuracy - dense.test_accuracy)
-        return [
-            ("test accuracy", f"{dense.test_accuracy:.1%}", f"{swat.test_accuracy:.1%}", f"{points:+.1f} points"),
-            (
-                "training FLOPs",
-                human_count(dense.flops),
-                human_count(swat.flops),
-                _times(dense.flops, swat.flops, "fewer", "more"),
-            ),
-            (
-                "step time, median",
-                f"{dense.step_ms:.0f} ms",
-                f"{swat.step_ms:.0f} ms",
-                _times(dense.step_ms, swat.step_ms, "faster", "slower"),
-            ),
-            (
-                "held for the backward pass",
-                human_bytes(dense.held_bytes),
-                human_bytes(swat.held_bytes),
-                f"{abs(1 - swat.held_bytes / dense.held_bytes):.0%} "
-                + ("less" if swat.held_bytes <= dense.held_bytes else "more"),
-            ),
-        ]
-
-    def __str__(self) -> str:
-        header = ("", self.dense.name, self.swat.name, "")
-        return render(header, self.rows(), "<>><") + f"\n{self.conditions}"
-
-
-def _times(before: float, after: float, better: str, worse: str) -> str:
-    return f"{before / after:.2f}x {better}" if after <= before else f"{after / before:.2f}x {worse}"
 
 
 def _processor() -> str:
@@ -213,8 +143,10 @@ def compare(
         progress: show bars and a line an epoch.
 
     Raises:
-        ValueError, ModuleNotFoundError, Diverged: as the parts raise them.
+        TypeError, ValueError, ModuleNotFoundError, Diverged: as the parts raise them.
     """
+    for argument, count in (("epochs", epochs), ("samples", samples), ("test_samples", test_samples)):
+        check_count(argument, count)
     config = SWATConfig(sparsity, activation_sparsity)
     recipe = replace(RECIPES["small"].with_epochs(epochs), batch_size=batch_size)
     data = Textures(samples, test_samples)
@@ -272,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {threads}")
             torch.set_num_threads(threads)
+        # Before minutes of training, not after them.
+        require("matplotlib", "matplotlib", "the demo's picture")
         out.mkdir(parents=True, exist_ok=True)
         result = compare(**arguments)
         (out / "demo.json").write_text(json.dumps(asdict(result), indent=1) + "\n")

@@ -9,23 +9,17 @@ saved in that dtype, with sums in float32; on the CPU in float32. Weights are se
 """
 
 import math
-from decimal import ROUND_CEILING, Decimal
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from swat_ext.ops.arguments import (
-    IntPair,
-    as_threshold,
-    check_like,
-    check_tensor,
-    int_pair,
-    padding_of_sides,
-    prefers_channels_last,
-)
-from swat_ext.ops.autocast import autocast_call, autocast_input, autocast_of
-from swat_ext.ops.library import CONVOLUTIONS, convolution_size
+from swat_ext.ops.arguments import as_threshold, check_like, check_tensor
+from swat_ext.ops.autocast import autocast_input, autocast_of
+from swat_ext.ops.convolution import BACKENDS, convolve
+from swat_ext.ops.geometry import Geometry, IntPair
+from swat_ext.ops.packed import Packed
+from swat_ext.topology.budget import Budget
 
 __all__ = [
     "Packed",
@@ -41,25 +35,6 @@ __all__ = [
 ]
 
 
-class Packed(NamedTuple):
-    """A tensor with most elements dropped.
-
-    Attributes:
-        values: ``[kept]``, the kept elements in logical row-major order; may be longer, the rest is not read.
-        mask: int64 ``[ceil(numel / 64) + ceil(numel / 1024)]``: a bit an element, then the kept before each 1024.
-        size: shape of the dense tensor.
-    """
-
-    values: Tensor
-    mask: Tensor
-    size: torch.Size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by ``values`` and ``mask``."""
-        return self.values.nbytes + self.mask.nbytes
-
-
 def keep_count(numel: int, sparsity: float) -> int:
     """Elements kept of ``numel`` at ``sparsity``: ``ceil((1 - sparsity) * numel)`` (spec: "Selection").
 
@@ -72,13 +47,7 @@ def keep_count(numel: int, sparsity: float) -> int:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
     if numel < 0:
         raise ValueError(f"numel: expected at least 0, got {numel}")
-    return int(((1 - Decimal(repr(float(sparsity)))) * numel).to_integral_value(ROUND_CEILING))
-
-
-def _check_packed(name: str, packed: Packed, size: torch.Size, input: Tensor) -> None:
-    if packed.size != size:
-        raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")
-    check_like(name, packed.values, "input", input)
+    return Budget.of(sparsity).count(numel)
 
 
 def kth_magnitude(input: Tensor, k: int) -> Tensor:
@@ -119,12 +88,16 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
         TypeError, ValueError: wrong type, dtype or threshold.
     """
     check_tensor("input", input)
-    values, mask = _compress("threshold", input, threshold)
-    return Packed(values, mask, input.shape)
+    return _compress("threshold", input, threshold)
 
 
 def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
-    """The dense tensor of ``packed``, dropped elements zero; ``channels_last`` asks for that layout (4-D only)."""
+    """The dense tensor of ``packed``, dropped elements zero; ``channels_last`` asks for that layout (4-D only).
+
+    Raises:
+        TypeError: not a :class:`Packed`. ValueError, RuntimeError: its parts do not go together.
+    """
+    _check_is_packed("packed", packed)
     if channels_last and len(packed.size) != 4:
         raise ValueError(f"channels_last: expected a 4-D packed tensor, got size {tuple(packed.size)}")
     return torch.ops.swat_ext.decompress(packed.values, packed.mask, packed.size, channels_last)
@@ -162,124 +135,63 @@ def conv2d_packed(
         ``[N, O, H', W']`` or ``[O, H', W']``, channels_last where PyTorch's convolution would be.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named. RuntimeError: the parts of a
+        packed tensor do not go together; second derivatives.
     """
-    cast = autocast_of(input)
-    if cast is not None:
-        geometry = (stride, padding, dilation, groups)
-        return autocast_call(
-            conv2d_packed,
-            cast,
-            input,
-            weight,
-            bias,
-            packed_weight,
-            packed_input,
-            *geometry,
-            backend=backend,
-            from_weight=from_weight,
-        )
-    retake = from_weight and takes_again(weight)
-    return _conv2d_packed(
-        input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups, backend, retake
-    )
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected 4 dimensions [O, C / groups, kh, kw], got shape {tuple(weight.shape)}")
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
+    geometry = Geometry.of(weight.shape[2:], stride, padding, dilation, groups)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    output_size = geometry.output_size(batched.shape, weight.shape)
+    _check_bias(bias, input, weight)
+    _check_packed("packed_weight", packed_weight, weight.shape)
+    if packed_input is not None:
+        _check_packed("packed_input", packed_input, input.shape)
+    if weight.shape[1] == 0:
+        # A sum of nothing, which still leads back to both arguments.
+        nothing = (batched.sum() + weight.sum()).expand(output_size)
+        output = nothing.clone() if bias is None else nothing + bias[:, None, None]
+    else:
+        output = _cast_and_convolve(batched, weight, bias, packed_weight, packed_input, geometry, backend, from_weight)
+    return output if input.dim() == 4 else output.squeeze(0)
 
 
-def takes_again(weight: Tensor) -> bool:
-    """Whether kept elements of ``weight`` need not be saved: it is a parameter on the CPU, there all the same."""
-    return weight.device.type == "cpu" and weight.is_leaf
-
-
-def _conv2d_packed(
+def _cast_and_convolve(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     packed_weight: Packed,
     packed_input: Packed | None,
-    stride: IntPair,
-    padding: str | IntPair,
-    dilation: IntPair,
-    groups: int,
+    geometry: Geometry | None,
     backend: Literal["sparse", "dense"],
-    retake_weight: bool,
+    from_weight: bool,
 ) -> Tensor:
-    """:func:`conv2d_packed` without autocast; ``retake_weight``: save ``weight`` in place of its kept elements."""
-    if backend not in CONVOLUTIONS:
-        raise ValueError(f"backend: expected one of {sorted(CONVOLUTIONS)}, got {backend!r}")
-    check_tensor("input", input)
-    check_like("weight", weight, "input", input)
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected 4 dimensions [O, C / groups, kh, kw], got shape {tuple(weight.shape)}")
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
-    if input.dim() == 3:
-        batched = None if packed_input is None else packed_input._replace(size=torch.Size((1, *input.shape)))
-        output = _conv2d_packed(
-            input.unsqueeze(0),
-            weight,
-            bias,
-            packed_weight,
-            batched,
-            stride,
-            padding,
-            dilation,
-            groups,
-            backend,
-            retake_weight,
+    """:func:`swat_ext.ops.convolution.convolve`, in the dtypes of autocast where that is on."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {sorted(BACKENDS)}, got {backend!r}")
+    cast = autocast_of(input)
+    if cast is None:
+        check_tensor("input", input)
+        check_like("weight", weight, "input", input)
+        for name, packed in (("packed_weight", packed_weight), ("packed_input", packed_input)):
+            if packed is not None:
+                check_like(name, packed.values, "input", input)
+        return convolve(
+            input, weight, bias, packed_weight, packed_input, geometry, backend=backend, from_weight=from_weight
         )
-        return output.squeeze(0)
-
-    out_channels, group_channels, *kernel = weight.shape
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups: expected an integer of at least 1, got {groups!r}")
-    if input.shape[1] != group_channels * groups:
-        raise ValueError(
-            f"input: expected {group_channels * groups} channels (weight.shape[1] * groups), got {input.shape[1]} "
-            f"in shape {tuple(input.shape)}"
-        )
-    if out_channels < 1 or out_channels % groups:
-        raise ValueError(
-            f"weight: expected at least 1 output channel, and a multiple of groups = {groups}, got {out_channels}"
-        )
-    if min(kernel) < 1:
-        raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
-    if bias is not None:
-        check_like("bias", bias, "input", input)
-        if bias.shape != (out_channels,):
-            raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
-    strides = int_pair("stride", stride, 1)
-    dilations = int_pair("dilation", dilation, 1)
-    paddings = padding_of_sides(padding, kernel, strides, dilations)
-    output_size = convolution_size(input.shape, weight.shape, strides, paddings, dilations)
-    for axis, extent in enumerate(output_size[2:]):
-        if extent < 1:
-            padded = input.shape[2 + axis] + paddings[2 * axis] + paddings[2 * axis + 1]
-            raise ValueError(
-                f"input: expected a padded {('height', 'width')[axis]} of at least "
-                f"{dilations[axis] * (kernel[axis] - 1) + 1} (the dilated kernel), got {padded}"
-            )
-    _check_packed("packed_weight", packed_weight, weight.shape, input)
-    if packed_input is not None:
-        _check_packed("packed_input", packed_input, input.shape, input)
-    if group_channels == 0:
-        # A sum of nothing, which still leads back to both arguments.
-        nothing = (input.sum() + weight.sum()).expand(output_size)
-        return nothing.clone() if bias is None else nothing + bias[:, None, None]
-    return CONVOLUTIONS[backend](
-        input,
-        weight,
-        bias,
-        packed_weight.values,
-        packed_weight.mask,
-        None if packed_input is None else packed_input.values,
-        None if packed_input is None else packed_input.mask,
-        strides,
-        paddings,
-        dilations,
-        groups,
-        prefers_channels_last(input, weight),
-        retake_weight,
+    output = convolve(
+        input.to(cast.compute),
+        weight.to(cast.compute),
+        None if bias is None else bias.to(cast.compute),
+        packed_weight._replace(values=packed_weight.values.to(cast.compute)),
+        None if packed_input is None else packed_input._replace(values=packed_input.values.to(cast.compute)),
+        geometry,
+        backend=backend,
+        from_weight=from_weight,
     )
+    return output.to(cast.result)
 
 
 def conv2d(
@@ -312,30 +224,43 @@ def conv2d(
         ``[N, O, H', W']`` or ``[O, H', W']``, channels_last where PyTorch's convolution would be.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an argument that does not fit, named. Second derivatives raise
-        NotImplementedError.
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named. RuntimeError: second
+        derivatives.
+    """
+    input = autocast_input(input)
+    packed = _compress_both(input, input, weight, weight_threshold, activation_threshold)
+    return conv2d_packed(input, weight, bias, *packed, stride, padding, dilation, groups, from_weight=True)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_threshold: float | Tensor,
+    activation_threshold: float | Tensor,
+) -> Tensor:
+    """SWAT's linear layer: ``input @ top(weight).T + bias``; see :func:`conv2d` for what is saved and the gradients.
+
+    Args:
+        input: ``[..., in_features]``, float32 or float64.
+        weight: ``[out_features, in_features]``, same dtype.
+        bias: ``[out_features]`` or None.
+        weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense.
+
+    Returns:
+        ``[..., out_features]``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument that does not fit, named. RuntimeError: second
+        derivatives.
     """
     input = autocast_input(input)
     check_tensor("input", input)
     check_tensor("weight", weight)
-    packed_input = None
-    if torch.is_grad_enabled() and weight.requires_grad:
-        packed_input = Packed(*_compress("activation_threshold", input, activation_threshold), input.shape)
-    else:
-        as_threshold("activation_threshold", activation_threshold, input)
-    packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
-    return conv2d_packed(
-        input, weight, bias, packed_weight, packed_input, stride, padding, dilation, groups, from_weight=True
-    )
-
-
-def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.swat_ext.compress(tensor.detach(), as_threshold(name, threshold, tensor))
-
-
-def linear_input_view(input: Tensor) -> Tensor:
-    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
-    return input.reshape(1, 1, math.prod(input.shape[:-1]), input.shape[-1]).permute(0, 3, 1, 2)
+    _check_linear(input, weight)
+    packed = _compress_both(input, linear_input_view(input), weight, weight_threshold, activation_threshold)
+    return linear_packed(input, weight, bias, *packed, from_weight=True)
 
 
 def linear_packed(
@@ -359,86 +284,71 @@ def linear_packed(
         backend, from_weight: as in :func:`conv2d_packed`.
 
     Returns:
-        ``[..., out_features]``.
+        ``[..., out_features]``, a tensor of its own.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
+        As :func:`conv2d_packed`.
     """
-    cast = autocast_of(input)
-    if cast is not None:
-        return autocast_call(
-            linear_packed,
-            cast,
-            input,
-            weight,
-            bias,
-            packed_weight,
-            packed_input,
-            backend=backend,
-            from_weight=from_weight,
-        )
     _check_linear(input, weight)
+    _check_bias(bias, input, weight)
+    _check_packed("packed_weight", packed_weight, weight.shape)
+    if packed_input is not None:
+        rows = math.prod(input.shape[:-1])
+        _check_packed("packed_input", packed_input, torch.Size((1, input.shape[-1], 1, rows)))
     if input.numel() == 0 or weight.numel() == 0:
         # Nothing to multiply: no image has so few pixels, and PyTorch's own layer costs nothing.
         return torch.nn.functional.linear(input, weight, bias)
-    size = torch.Size((*weight.shape, 1, 1))
-    output = _conv2d_packed(
-        linear_input_view(input),
-        weight[:, :, None, None],
-        bias,
-        packed_weight._replace(size=size),
-        packed_input,
-        1,
-        0,
-        1,
-        1,
-        backend,
-        from_weight and takes_again(weight),
-    )
-    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
+    return _cast_and_convolve(input, weight, bias, packed_weight, packed_input, None, backend, from_weight)
+
+
+def linear_input_view(input: Tensor) -> Tensor:
+    """``[..., in_features]`` as ``[1, in_features, 1, rows]``: a channels_last image whose pixels are the rows."""
+    return input.reshape(1, 1, math.prod(input.shape[:-1]), input.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> Packed:
+    values, mask = torch.ops.swat_ext.compress(tensor.detach(), as_threshold(name, threshold, tensor))
+    return Packed(values, mask, tensor.shape)
+
+
+def _compress_both(
+    input: Tensor, view: Tensor, weight: Tensor, weight_threshold: float | Tensor, activation_threshold: float | Tensor
+) -> tuple[Packed, Packed | None]:
+    """``top(weight)``, and ``top(view)`` of the input where the weight's gradient will need it."""
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    packed_weight = _compress("weight_threshold", weight, weight_threshold)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return packed_weight, _compress("activation_threshold", view, activation_threshold)
+    as_threshold("activation_threshold", activation_threshold, input)
+    return packed_weight, None
 
 
 def _check_linear(input: Tensor, weight: Tensor) -> None:
-    check_tensor("input", input)
-    if autocast_of(input) is None:
-        check_like("weight", weight, "input", input)
-    else:
-        check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input: expected a last dimension of {weight.shape[1]}, got shape {tuple(input.shape)}")
 
 
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    weight_threshold: float | Tensor,
-    activation_threshold: float | Tensor,
-) -> Tensor:
-    """SWAT's linear layer: ``input @ top(weight).T + bias``; see :func:`conv2d` for what is saved and the gradients.
+def _check_bias(bias: Tensor | None, input: Tensor, weight: Tensor) -> None:
+    if bias is None:
+        return
+    if autocast_of(input) is None:
+        check_like("bias", bias, "input", input)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
-    Args:
-        input: ``[..., in_features]``, float32 or float64.
-        weight: ``[out_features, in_features]``, same dtype.
-        bias: ``[out_features]`` or None.
-        weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense.
 
-    Returns:
-        ``[..., out_features]``.
+def _check_is_packed(name: str, packed: object) -> None:
+    if not isinstance(packed, Packed):
+        raise TypeError(f"{name}: expected a Packed, got {type(packed).__name__}")
+    for part in ("values", "mask"):
+        if not isinstance(getattr(packed, part), Tensor):
+            raise TypeError(f"{name}: expected {part} to be a Tensor, got {type(getattr(packed, part)).__name__}")
 
-    Raises:
-        TypeError, ValueError, NotImplementedError: an argument that does not fit, named.
-    """
-    input = autocast_input(input)
-    _check_linear(input, weight)
-    packed_input = None
-    if torch.is_grad_enabled() and weight.requires_grad:
-        view = linear_input_view(input)
-        packed_input = Packed(*_compress("activation_threshold", view, activation_threshold), view.shape)
-    else:
-        as_threshold("activation_threshold", activation_threshold, input)
-    packed_weight = Packed(*_compress("weight_threshold", weight, weight_threshold), weight.shape)
-    return linear_packed(input, weight, bias, packed_weight, packed_input, from_weight=True)
+
+def _check_packed(name: str, packed: Packed, size: torch.Size) -> None:
+    _check_is_packed(name, packed)
+    if packed.size != size:
+        raise ValueError(f"{name}: expected size {tuple(size)}, got {tuple(packed.size)}")

@@ -12,14 +12,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from swat_ext.config import SWATConfig
 from swat_ext.inspect.shapes import copy_model, on_meta
-from swat_ext.modules import SWATConv2d, SWATLayer, SWATLinear
+from swat_ext.modules import SWATLayer
 from swat_ext.modules.around import become_around, become_plain, has_around_form
-from swat_ext.modules.fusion import fuse_relus
+from swat_ext.modules.forms import sparse_form
 from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "dense_shapes", "sparsify_", "survey", "to_dense"]
 
-_SPARSE_CLASSES: dict[type[nn.Module], type[SWATLayer]] = {nn.Conv2d: SWATConv2d, nn.Linear: SWATLinear}
 # Layers that multiply by a matrix of weights, of a kind that has no sparse form here.
 _SIMILAR = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # Modules with matrices of parameters that multiply nothing.
@@ -96,15 +95,15 @@ class Surveyed(NamedTuple):
 def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     """Make ``model``'s :class:`torch.nn.Conv2d` and :class:`torch.nn.Linear` layers sparse, in place.
 
-    The layer objects stay the same ones and change their class: parameters, names, state_dict keys, hooks, flags and
-    every reference to a layer or a parameter (an optimizer made before, a shared layer) stay as they were. Any other
-    layer that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in
-    the result.
+    Subclasses of them that have no forward of their own become sparse too, and stay instances of their class. The layer
+    objects stay the same ones and change their class: parameters, names, state_dict keys, hooks, flags and every
+    reference to a layer or a parameter (an optimizer made before, a shared layer) stay as they were. Any other layer
+    that multiplies by weights stays dense and is named, with the reason, in one :class:`SparsifyWarning` and in the
+    result.
 
     The layers around them change too: every module that is exactly an ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.MaxPool2d``
     or ``nn.AvgPool2d`` takes the form of :mod:`swat_ext` that computes the same and holds less for the backward pass. A
-    pattern of ``config.skip`` that matches one leaves it as it is. Where a ReLU alone reads a BatchNorm, the two
-    become one pass; to find those, the forward of a copy without values is traced once.
+    pattern of ``config.skip`` that matches one leaves it as it is.
 
     Args:
         model: any module, on any device that its layers will run on; nothing in it may be sparse already.
@@ -147,7 +146,6 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
     slim = [(module, names[0]) for module, names in around.items() if not _matched(names, config.skip or ())]
     for module, _ in slim:
         become_around(module, config.batchnorm)
-    fuse_relus(model)
     for name, reason in skipped.items():
         setattr(left[name].module, _REASON, reason)
     if impossible:
@@ -189,8 +187,7 @@ def dense_shapes(model: nn.Module) -> nn.Module:
     twin = copy_model(model, on_meta)
     for module in list(twin.modules()):
         if isinstance(module, SWATLayer):
-            # What the sparse layer set up stays on it, unread.
-            module.__class__ = module.dense_class  # type: ignore[assignment]
+            module._become_plain()
         become_plain(module)
     return twin
 
@@ -198,12 +195,13 @@ def dense_shapes(model: nn.Module) -> nn.Module:
 def survey(model: nn.Module) -> Iterator[Surveyed]:
     """Every layer of ``model`` that multiplies by weights, once, in the order of registration."""
     names = _names(model)
-    fused = {
-        id(inner): "nn.TransformerEncoderLayer reads its weight without calling it when evaluating"
-        for module in names
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for inner in (module.linear1, module.linear2)
-    }
+    fused: dict[int, str] = {}
+    for module in names:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            reason = "nn.TransformerEncoderLayer reads its weight without calling it when evaluating"
+            fused |= {id(inner): reason for inner in (module.linear1, module.linear2)}
+        elif isinstance(module, nn.MultiheadAttention):
+            fused[id(module.out_proj)] = "nn.MultiheadAttention reads its weight without calling it"
     for module, known in names.items():
         if isinstance(module, SWATLayer):
             yield Surveyed(tuple(known), module, None, None)
@@ -248,10 +246,9 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "it is lazy: run the model once before sparsify_"
-    if type(module) not in _SPARSE_CLASSES:
-        for base in _SPARSE_CLASSES:
-            if isinstance(module, base):
-                return f"{type(module).__name__} is a subclass of nn.{base.__name__}, which may compute something else"
+    if sparse_form(type(module)) is None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            return f"{type(module).__name__} has a forward of its own, which may compute something else"
         return f"there is no sparse form of {type(module).__name__}; nn.Conv2d and nn.Linear have one"
     if weight is None:
         return "its weight is not a parameter of its own (weight_norm, spectral_norm, pruning)"
@@ -291,7 +288,7 @@ def _skipped(layers: list[Surveyed], around: dict[nn.Module, list[str]], config:
 
 def _swap(module: nn.Module, config: SWATConfig) -> None:
     # Changing the class keeps the object: hooks, lists and attributes elsewhere that refer to it keep working.
-    module.__class__ = _SPARSE_CLASSES[type(module)]  # type: ignore[assignment]
+    module.__class__ = sparse_form(type(module))  # type: ignore[assignment]
     module._set_up(  # type: ignore[operator]
         sparsity=config.sparsity,
         activation_sparsity=config.activation_sparsity,

@@ -59,7 +59,12 @@ Examples:
 
 Each run writes a folder: log.jsonl, one JSON object an epoch after a first one with the settings, and checkpoint.pt,
 replaced after every epoch. Recipe, where not said otherwise: cifar for CIFAR, imagenet for imagefolder, small for the
-others. Milestones and warm-up keep their share of the run where --epochs changes its length.
+others. In a new run, milestones and warm-up keep their share of the run where --epochs changes its length.
+
+With --resume, --epochs gives the run another length, longer or shorter, but not less than it has done. Milestones and
+warm-up then stay at the epochs that they were at; a cosine ends with the new length, so that the learning rate goes on
+from where a run of that length would be. Log and checkpoint say after which epoch this was asked ("lengths"). A run
+resumed without --epochs gives bit for bit what one without the break gives.
 """
 
 
@@ -120,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint in --out, with its settings; start anew where there is none yet",
+        help="go on from the checkpoint in --out, with its settings (but --epochs may differ, see below); start anew "
+        "where there is none yet",
     )
     run.add_argument("--no-progress", action="store_true", help="no bar and no line an epoch")
     return parser
@@ -147,13 +153,19 @@ def _new_settings(asked: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint; what was asked for must agree with them, unless it changes no result."""
+def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any], done: int) -> dict[str, Any]:
+    """The settings of a checkpoint after ``done`` epochs; what was asked for must agree with them, but for the length
+    of the run and what changes no result."""
     # A checkpoint of an earlier version does not have every setting.
     settings = {**_DEFAULTS, **stored}
     for name, value in asked.items():
         if name in _FREE:
             settings[name] = value
+        elif name == "epochs" and value != settings["epochs"]:
+            if value < done:
+                raise ValueError(f"epochs: expected at least the {done} that the run to resume has done, got {value}")
+            change = {"after_epoch": done, "from": settings["epochs"], "to": value}
+            settings |= {"epochs": value, "lengths": [*settings.get("lengths", []), change]}
         elif settings[name] != value:
             raise ValueError(
                 f"--{name.replace('_', '-')}: the run to resume has {settings[name]}, got {value}; "
@@ -221,7 +233,7 @@ def _run(asked: dict[str, Any]) -> None:
                 f"--out: {out} holds a run already; add --resume to go on with it, or choose another folder"
             )
         checkpoint = load_checkpoint(out / CHECKPOINT)
-        settings = _resumed_settings(checkpoint["settings"], asked)
+        settings = _resumed_settings(checkpoint["settings"], asked, len(checkpoint["history"]))
     elif not settings:
         settings = _new_settings(asked)
 
@@ -252,6 +264,8 @@ def _run(asked: dict[str, Any]) -> None:
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
         print(f"resumed after epoch {len(trainer.history)} of {recipe.epochs}")
+        for change in settings.get("lengths", []):
+            print("epochs from {from} to {to} after epoch {after_epoch}".format(**change))
     elif resume:
         print(f"no checkpoint in {out} yet: this run starts at the beginning")
     history = trainer.run()

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before torch starts its threads: spinning while they wait makes short calls ten times slower beside other work.
+# Before torch starts its threads, and for the processes that tests start. One thread each: the tests themselves run
+# side by side (pytest -n), and those about threads ask for theirs. Spinning while they wait makes short calls ten times
+# slower beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -24,8 +27,9 @@ with contextlib.suppress(ImportError):
 
     hypothesis.settings.register_profile("dev", deadline=None, max_examples=100)
     hypothesis.settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, database=None)
+    hypothesis.settings.register_profile("quick", deadline=None, max_examples=20, derandomize=True, database=None)
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
-    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture

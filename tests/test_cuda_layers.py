@@ -150,37 +150,25 @@ def _normalise(
     grad: Tensor,
     saved: str = "exact",
     *,
-    relu: bool = False,
     seed: int = 7,
 ) -> list[Tensor]:
-    """Output, mean, invstd, variance, gradients of input, weight and bias; then codes, scale and mask."""
+    """Output, mean, invstd, variance, gradients of input, weight and bias; then codes and scale."""
     x, grad = x.to(kernels.device), grad.to(kernels.device)
     weight, bias = (None if each is None else each.to(kernels.device) for each in (weight, bias))
     steps = torch.tensor(seed, device=kernels.device)
-    output, *statistics, codes, scale, mask = kernels.ops.batch_norm(x, weight, bias, _EPS, saved, steps, relu)
-    kept = x if saved == "exact" else codes
-    scales, masks = scale if saved == "int8" else None, mask if relu else None
-    grads = kernels.ops.batch_norm_backward(grad, kept, scales, *statistics[:2], weight, masks, saved)
-    if relu and saved == "exact":
-        # The sign found again from the input is that of the mask, bit for bit.
-        again = kernels.ops.batch_norm_backward(
-            grad, kept, scales, *statistics[:2], weight, None, saved, bias=bias, relu=True
-        )
-        for mine, other in zip(grads, again, strict=True):
-            assert torch.equal(mine, other)
-    return [each.cpu() for each in (output, *statistics, *grads, codes, scale, mask)]
+    output, *statistics, codes, scale = kernels.ops.batch_norm(x, weight, bias, _EPS, saved, steps)
+    kept = (x, None) if saved == "exact" else (codes, scale if saved == "int8" else None)
+    grads = kernels.ops.batch_norm_backward(grad, *kept, *statistics[:2], weight, saved)
+    return [each.cpu() for each in (output, *statistics, *grads, codes, scale)]
 
 
-def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, grad: Tensor, mask: Tensor | None = None
-) -> list[Tensor]:
-    """The same by PyTorch in float64; the gradient passes where ``mask`` says."""
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """The first seven by PyTorch in float64."""
     x = x.detach().double().contiguous().requires_grad_()
     channels = x.shape[1]
     weight = (torch.ones(channels) if weight is None else weight).double().requires_grad_()
     bias = (torch.zeros(channels) if bias is None else bias).double().requires_grad_()
     output = F.batch_norm(x, None, None, weight, bias, True, 0.0, _EPS)
-    output = output if mask is None else output * mask
     # Contiguous: of (140, 1, 70, 140) as strides of (1, 70, 2, 1), torch 2.13 makes a wrong gradient on the CPU.
     output.backward(grad.double().contiguous())
     dims = [dim for dim in range(x.dim()) if dim != 1]
@@ -195,10 +183,9 @@ def _assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str) -> 
     assert error <= tolerance * expected.norm().item(), f"{what}: {error / expected.norm().item():.3g}"
 
 
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_batch_norm(kernels: Kernels, layout: str, dtype: torch.dtype, relu: bool, generator: torch.Generator) -> None:
+def test_batch_norm(kernels: Kernels, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     rng = random.Random(layout)
     for size in _SIZES:
         x, weight, bias, grad = _leaves(size, dtype, generator)
@@ -208,18 +195,14 @@ def test_batch_norm(kernels: Kernels, layout: str, dtype: torch.dtype, relu: boo
         elif style == "wide":
             weight, bias = (each.to(torch.promote_types(dtype, torch.float32)) for each in (weight, bias))
         x, grad = in_layout(x, layout, rng), in_layout(grad, rng.choice(LAYOUTS[:5]), rng)
-        got = _normalise(kernels, x, weight, bias, grad, relu=relu)
-        mask = got[0] > 0 if relu else None
-        for ours, reference, name in zip(got[:7], _reference(x, weight, bias, grad, mask), _NAMES, strict=True):
+        got = _normalise(kernels, x, weight, bias, grad)
+        for ours, reference, name in zip(got[:7], _reference(x, weight, bias, grad), _NAMES, strict=True):
             if name == "grad_input" and x.numel() == 2 * size[1]:
                 continue  # of two values a channel it is all cancellation
             exact = name in ("mean", "invstd", "variance")
             _assert_near(ours, reference, 1e-11 if exact else _TOLERANCE[dtype], f"{name} of {layout} {size}")
         assert got[0].is_contiguous(memory_format=torch.channels_last) or layout != "channels_last" or x.dim() != 4
         assert got[5].dtype == (dtype if weight is None else weight.dtype)
-        if relu:
-            order = got[0].permute(0, 2, 3, 1) if is_channels_last(got[0]) else got[0]
-            assert torch.equal(_bits(got[9], x.numel()), order.reshape(-1) > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -230,7 +213,8 @@ def test_codes_of_batch_norm(kernels: Kernels, layout: str, dtype: torch.dtype, 
         x, weight, bias, grad = _leaves(size, dtype, generator)
         x = in_layout(x, layout, random.Random(0))
         exact = _normalise(kernels, x, weight, bias, grad)
-        h = (x.double() - exact[1].view(-1, 1, 1)) * exact[2].view(-1, 1, 1)
+        invstd = _reference(x, weight, bias, grad)[2].view(-1, 1, 1)
+        h = (x.double() - x.double().mean((0, 2, 3), keepdim=True)) * invstd
         for saved in ("bf16", "int8"):
             got = _normalise(kernels, x, weight, bias, grad, saved)
             for ours, reference, name in zip(got[:4], exact[:4], _NAMES, strict=False):
@@ -246,7 +230,7 @@ def test_codes_of_batch_norm(kernels: Kernels, layout: str, dtype: torch.dtype, 
                 assert codes.abs().max() == 127
                 assert (codes - units).mean().abs() < 0.05
                 value = codes * scale
-            invstd, (g, w) = exact[2].view(-1, 1, 1), (each.double() for each in (grad, weight))
+            g, w = grad.double(), weight.double()
             mean = lambda each: each.mean((0, 2, 3), keepdim=True)  # noqa: E731
             expected = w.view(-1, 1, 1) * invstd * (g - mean(g) - value * mean(g * value))
             _assert_near(got[4], expected, _TOLERANCE[dtype], f"grad_input from {saved}")
@@ -294,9 +278,9 @@ def test_wrong_arguments_are_named(kernels: Kernels) -> None:
         (lambda: kernels.ops.relu(x.int()), "input: expected dtype"),
         (lambda: kernels.ops.relu_backward(x, x.new_empty(1, dtype=torch.int64), False), "mask: expected 2 words"),
         (lambda: kernels.ops.max_pool2d(x, (9, 9), (1, 1), (0, 0), (1, 1), False), "at least one whole window"),
-        (lambda: kernels.ops.batch_norm(x, wrong, None, 1e-5, "exact", None, False), "weight: expected scalar type"),
-        (lambda: kernels.ops.batch_norm(x, None, None, 1e-5, "int4", None, False), "saved: expected 'exact'"),
-        (lambda: kernels.ops.batch_norm(x[:1, :, :1, :1], None, None, 1e-5, "exact", None, False), "more than 1"),
+        (lambda: kernels.ops.batch_norm(x, wrong, None, 1e-5, "exact", None), "weight: expected scalar type"),
+        (lambda: kernels.ops.batch_norm(x, None, None, 1e-5, "int4", None), "saved: expected 'exact'"),
+        (lambda: kernels.ops.batch_norm(x[:1, :, :1, :1], None, None, 1e-5, "exact", None), "more than 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

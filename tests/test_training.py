@@ -1,9 +1,11 @@
 """Recipes, the training loop, its files, and resuming bit for bit."""
 
+import copy
 import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swat_ext import SWATConfig, SWATLayer, sparsify_, train
+from swat_ext import SWATConfig, SWATLayer, SWATScheduler, sparsify_, train
 from swat_ext.data import Synthetic
 from swat_ext.models import resnet18
 from swat_ext.training import (
@@ -26,7 +28,6 @@ from swat_ext.training import (
     Diverged,
     Recipe,
     Trainer,
-    build_lr_scheduler,
     build_optimizer,
     evaluate,
     load_checkpoint,
@@ -86,15 +87,7 @@ def _assert_same(left: Any, right: Any) -> None:
 
 
 def _rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=recipe.lr)
-    scheduler = build_lr_scheduler(optimizer, recipe, steps_per_epoch)
-    rates = []
-    for _ in range(recipe.epochs * steps_per_epoch):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
+    return [recipe.lr_at(step, steps_per_epoch) for step in range(recipe.epochs * steps_per_epoch)]
 
 
 @pytest.mark.parametrize(
@@ -235,15 +228,32 @@ def test_the_log_is_json_even_of_a_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_training_learns(sparse: bool, memory_format: torch.memory_format) -> None:
-    data = Synthetic((2, 8, 8), num_classes=3, train_size=320, test_size=60)
-    recipe = replace(TINY, epochs=3, batch_size=16)
-    trainer = Trainer(_model(sparse), data, recipe, memory_format=memory_format, progress=False)
+def test_training_is_the_usual_loop(sparse: bool, memory_format: torch.memory_format) -> None:
+    losses: list[float] = []
+    recipe = replace(TINY, epochs=3, label_smoothing=0.1)
+    trainer = _trainer(
+        sparse, recipe=recipe, memory_format=memory_format, on_step=lambda loss, seconds: losses.append(loss)
+    )
     history = trainer.run()
-    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
-    assert history[-1]["test_accuracy"] > 0.6
     assert [record["epoch"] for record in history] == [1, 2, 3]
-    assert [record["steps"] for record in history] == [20, 40, 60]
+    assert [record["steps"] for record in history] == [5, 10, 15]
+
+    model, data, expected = _model(sparse).to(memory_format=memory_format), _data(), []
+    optimizer = build_optimizer(model, recipe)
+    if sparse:
+        SWATScheduler(model, optimizer)
+    for epoch in range(3):
+        for images, labels in data.train_batches(8, seed=5, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(len(expected), 5)
+            optimizer.zero_grad()
+            outputs = model(images.contiguous(memory_format=memory_format))
+            loss = nn.functional.cross_entropy(outputs, labels, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            expected.append(float(loss.detach()))
+    assert losses == expected
+    _assert_same(trainer.model.state_dict(), model.state_dict())
 
 
 def test_history_agrees_with_what_evaluate_finds() -> None:
@@ -269,9 +279,9 @@ def test_each_step_is_reported() -> None:
     history = trainer.run()
     assert len(steps) == 20
     for epoch, record in enumerate(history):
-        losses = [loss for loss, _ in steps[5 * epoch : 5 * epoch + 5]]
+        losses, seconds = zip(*steps[5 * epoch : 5 * epoch + 5], strict=True)
         assert record["train_loss"] == pytest.approx(sum(losses) / 5)
-    assert all(seconds > 0 for _, seconds in steps)
+        assert record["step_ms"] == round(1000 * statistics.median(seconds), 3)
 
 
 def test_topk_period_and_its_warmup() -> None:
@@ -319,6 +329,26 @@ def test_resuming_is_bit_for_bit(sparse: bool, tmp_path: Path) -> None:
     assert len(logs[0]) == 5
     assert _untimed(logs[0]) == _untimed(logs[1])
     assert _untimed(logs[0])[1:] == _untimed(straight.history)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_another_length_is_the_end_of_a_run_of_that_length(sparse: bool, schedule: str) -> None:
+    short = replace(TINY, epochs=2, schedule=schedule, milestones=(1.5, 3.0))  # type: ignore[arg-type]
+    first = _trainer(sparse, recipe=short)
+    first.run()
+    rates: list[float] = []
+    longer = _trainer(sparse, recipe=replace(short, epochs=4))
+    longer.load_state_dict(copy.deepcopy(first.state_dict()))
+    longer.on_step = lambda *_: rates.append(longer.optimizer.param_groups[0]["lr"])
+    longer.run()
+    assert rates == [longer.recipe.lr_at(step, 5) for step in range(10, 20)]
+    assert [record["epoch"] for record in longer.history] == [1, 2, 3, 4]
+    straight = _trainer(sparse, recipe=replace(short, epochs=4))
+    straight.run()
+    # Milestones are epochs, so that the length of the run does not matter before its end; a cosine has another past.
+    same = _untimed(longer.history) == _untimed(straight.history)
+    assert same == (schedule == "step")
 
 
 def test_a_dense_state_is_not_a_sparse_one() -> None:
@@ -374,6 +404,40 @@ def test_command_line_resumes_with_its_own_settings(tmp_path: Path, monkeypatch:
     _assert_same(load_checkpoint(straight / CHECKPOINT)["model"], load_checkpoint(broken / CHECKPOINT)["model"])
     # A finished run has nothing left to do.
     assert train.main(["--out", str(broken), "--resume"]) == 0
+    _assert_same(load_checkpoint(straight / CHECKPOINT)["model"], load_checkpoint(broken / CHECKPOINT)["model"])
+
+
+def test_a_resumed_run_may_have_another_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = [*_ARGUMENTS, "--schedule", "step", "--milestones", "1", "3", "--warmup-epochs", "0.5"]
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    assert train.main([*recipe, "--epochs", "4", "--out", str(straight)]) == 0
+    assert train.main([*recipe, "--epochs", "2", "--out", str(out)]) == 0
+    resume = ["--out", str(out), "--resume", "--no-progress"]
+    assert train.main([*resume, "--epochs", "4"]) == 0
+    assert "epochs from 2 to 4 after epoch 2" in capsys.readouterr().out
+    config, *history = _untimed(_log(out))
+    assert config["config"]["epochs"] == 4
+    assert config["config"]["lengths"] == [{"after_epoch": 2, "from": 2, "to": 4}]
+    assert history == _untimed(_log(straight))[1:]
+    _assert_same(load_checkpoint(straight / CHECKPOINT)["model"], load_checkpoint(out / CHECKPOINT)["model"])
+    assert train.main([*resume, "--epochs", "3"]) == 1
+    assert "epochs: expected at least the 4 that the run to resume has done, got 3" in capsys.readouterr().err
+
+
+def test_another_length_holds_before_an_epoch_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Trainer, epoch: int) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    resume = ["--out", str(tmp_path), "--resume", "--no-progress"]
+    assert train.main([*_ARGUMENTS, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    for epochs in ("5", "2"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_train_epoch", interrupt)
+            assert train.main([*resume, "--epochs", epochs]) == 130
+    assert train.main(resume) == 0
+    config, *history = _log(tmp_path)
+    assert [record["epoch"] for record in history] == [1, 2]
+    assert [(change["from"], change["to"]) for change in config["config"]["lengths"]] == [(1, 5), (5, 2)]
 
 
 def test_a_killed_run_resumes(tmp_path: Path) -> None:

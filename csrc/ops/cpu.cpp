@@ -14,6 +14,7 @@
 #include "convolutions.h"
 #include "cpu_common.h"
 #include "library.h"
+#include "selection.h"
 
 namespace swat {
 namespace {
@@ -124,6 +125,11 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
   });
 }
 
+std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor clock, int64_t keep, int64_t period,
+                                  bool padded) {
+  return select_by_clock(input, threshold, clock, keep, period, padded, kth_magnitude, compress);
+}
+
 Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
   return dispatch("input", input, [&]<typename T>() {
     STD_TORCH_CHECK(count >= 0, "count: expected at least 0, got ", count);
@@ -220,6 +226,7 @@ struct Cpu {
 SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
   m.impl("compress", TORCH_BOX(&swat::compress));
+  m.impl("select", TORCH_BOX(&swat::select));
   m.impl("take", TORCH_BOX(&swat::take));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
   m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));

@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstddef>
+#include <cstdint>
+#include <exception>
 #include <optional>
 
-#include "../kernels/cpu/block_cache.h"
 #include "../kernels/cpu/parallel.h"
 #include "checks.h"
 #include "layout.h"
@@ -29,45 +29,19 @@ auto dispatch(const char* name, const Tensor& tensor, F&& f) {
   return tensor.scalar_type() == ScalarType::Float ? f.template operator()<float>() : f.template operator()<double>();
 }
 
-// Bytes of an element; 0 for the dtypes that no result here has.
-inline size_t element_bytes(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    default:
-      return 0;
-  }
-}
-
-// Bytes of a dense tensor; nothing where they cannot be counted.
-inline std::optional<size_t> bytes_of(const Ints& size, ScalarType dtype) {
-  size_t bytes = element_bytes(dtype);
-  for (int64_t extent : size) {
-    if (__builtin_mul_overflow(bytes, static_cast<size_t>(extent), &bytes)) return std::nullopt;
-  }
-  return bytes;
-}
-
-// A tensor of `size`; a large one lies in a block of the cache, which it returns to.
+// A tensor of `size`. What a size asks for may be absurd, of a large padding say, but never wraps. torch's own message would be lost
+// on the way through the stable interface.
 inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
-  cpu::BlockCache* const cache = cpu::BlockCache::shared();
-  const std::optional<size_t> bytes = bytes_of(size, dtype);
-  if (cache && bytes && *bytes >= cpu::BlockCache::kLeastBytes) {
-    void* const block = cache->allocate(*bytes);
-    STD_TORCH_CHECK(block != nullptr, "cannot allocate ", *bytes, " bytes for a result of size ", to_string(size));
-    return torch::stable::from_blob(block, size, strides_of(size, channels_last),
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                    [](void* data) { cpu::BlockCache::shared()->free(data); });
+  bool fits = true;
+  int64_t bytes = sizeof(double);
+  for (int64_t extent : size) fits = fits && !__builtin_mul_overflow(bytes, extent, &bytes);
+  if (fits) {
+    try {
+      return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
+    } catch (const std::exception&) {
+    }
   }
-  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
+  STD_TORCH_CHECK(false, "cannot allocate memory for a result of size ", to_string(size));
 }
 
 }  // namespace swat

@@ -69,10 +69,12 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->template const_data_ptr<T>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
-    const std::string& saved, const std::optional<Tensor>& seed, bool relu) {
-  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& input,
+                                                                      const std::optional<Tensor>& weight,
+                                                                      const std::optional<Tensor>& bias, double eps,
+                                                                      const std::string& saved,
+                                                                      const std::optional<Tensor>& seed) {
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   return dispatch("input", input, [&]<typename T>() -> Result {
     const CheckedNorm norm = check_batch_norm(input, saved, seed);
     const cpu::BatchNormShape shape = shape_of(norm);
@@ -89,7 +91,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
     const bool exact = norm.form == cpu::Saved::exact;
     Tensor codes = empty(exact ? Ints{0} : size, code_type(norm.form, dtype), last && !exact);
     Tensor scale = empty({norm.form == cpu::Saved::int8 ? shape.channels : 0}, dtype);
-    Tensor mask = empty_bits(relu ? shape.numel() : 0);
     cpu::batch_norm<T>(cpu::active(), torch_threads(), shape, source.const_data_ptr<T>(), data_or_null<T>(weights),
                        data_or_null<T>(biases), eps, norm.form, seed ? *seed->const_data_ptr<int64_t>() : 0,
                        {.output = output.mutable_data_ptr<T>(),
@@ -97,25 +98,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
                         .invstd = invstd.mutable_data_ptr<double>(),
                         .variance = variance.mutable_data_ptr<double>(),
                         .codes = exact ? nullptr : codes.mutable_data_ptr(),
-                        .scale = scale.mutable_data_ptr<T>(),
-                        .words = relu ? write_words(mask) : nullptr});
-    return {output, mean, invstd, variance, codes, scale, mask};
+                        .scale = scale.mutable_data_ptr<T>()});
+    return {output, mean, invstd, variance, codes, scale};
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
                                                        const std::optional<Tensor>& scale, const Tensor& mean,
                                                        const Tensor& invstd, const std::optional<Tensor>& weight,
-                                                       const std::optional<Tensor>& relu_mask,
-                                                       const std::string& saved_as, const std::optional<Tensor>& bias,
-                                                       bool relu) {
+                                                       const std::string& saved_as) {
   return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
-    const CheckedNorm norm =
-        check_batch_norm_backward(grad_output, saved, scale, mean, invstd, relu_mask, saved_as, relu);
+    const CheckedNorm norm = check_batch_norm_backward(grad_output, saved, scale, mean, invstd, saved_as);
     const cpu::BatchNormShape shape = shape_of(norm);
     const bool last = norm.channels_last;
     const ScalarType dtype = grad_output.scalar_type();
-    const std::optional<Tensor> biases = weights_of("bias", bias, grad_output, shape.channels);
     const std::optional<Tensor> scales = per_channel("scale", scale, dtype, shape.channels);
     const std::optional<Tensor> weights = weights_of("weight", weight, grad_output, shape.channels);
     const Tensor means = *per_channel("mean", mean, ScalarType::Double, shape.channels);
@@ -131,10 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                  .scale = data_or_null<T>(scales),
                                  .mean = means.const_data_ptr<double>(),
                                  .invstd = invstds.const_data_ptr<double>(),
-                                 .weight = data_or_null<T>(weights),
-                                 .bias = data_or_null<T>(biases),
-                                 .mask = relu_mask ? read_words(*relu_mask) : nullptr,
-                                 .rectified = relu && !relu_mask},
+                                 .weight = data_or_null<T>(weights)},
                                 grad_input.mutable_data_ptr<T>(), grad_weight.mutable_data_ptr<T>(),
                                 grad_bias.mutable_data_ptr<T>());
     return {grad_input, grad_weight, grad_bias};

@@ -10,6 +10,7 @@
 #include "convolutions.h"
 #include "cuda_common.h"
 #include "library.h"
+#include "selection.h"
 
 namespace swat {
 namespace {
@@ -108,6 +109,11 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
   });
 }
 
+std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor clock, int64_t keep, int64_t period,
+                                  bool padded) {
+  return select_by_clock(input, threshold, clock, keep, period, padded, kth_magnitude, compress);
+}
+
 Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
     const int64_t numel = product(size);
@@ -186,6 +192,7 @@ struct Cuda {
 SWAT_LIBRARY_IMPL(SWAT_CUDA_KEY, m) {
   m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
   m.impl("compress", TORCH_BOX(&swat::compress));
+  m.impl("select", TORCH_BOX(&swat::select));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
   m.impl("bias_grad", TORCH_BOX(&swat::bias_grad));
   using Convolutions = swat::Convolutions<swat::Cuda>;

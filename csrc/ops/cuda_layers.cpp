@@ -66,10 +66,12 @@ cuda::NormWeight weight_view(const std::optional<Tensor>& tensor, ScalarType dty
   return {read<void>(*tensor), tensor->scalar_type() == dtype};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
-    const std::string& saved, const std::optional<Tensor>& seed, bool relu) {
-  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& input,
+                                                                      const std::optional<Tensor>& weight,
+                                                                      const std::optional<Tensor>& bias, double eps,
+                                                                      const std::string& saved,
+                                                                      const std::optional<Tensor>& seed) {
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   return dispatch("input", input, [&]<typename T>() -> Result {
     const CheckedNorm norm = check_batch_norm(input, saved, seed);
     const int64_t channels = norm.channels;
@@ -86,7 +88,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
     Tensor variance = empty({channels}, ScalarType::Double, input);
     Tensor codes = empty(exact ? Ints{0} : sizes(input), code_type(norm.form, dtype), input, last && !exact);
     Tensor scale = empty({norm.form == cpu::Saved::int8 ? channels : 0}, wide(dtype), input);
-    Tensor mask = empty_bits(relu ? norm.numel() : 0, input);
     cuda::BatchNormParams<T> params{.shape = shape_of(norm),
                                     .input = read<T>(source),
                                     .weight = weight_view(weights, dtype),
@@ -100,29 +101,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(
                                     .variance = write<double>(variance),
                                     .codes = write<void>(codes),
                                     .scale = write<cuda::Compute<T>>(scale),
-                                    .words = relu ? write_words(mask) : nullptr,
                                     .scratch = nullptr};
     const Tensor memory = scratch(cuda::batch_norm_scratch(params), input);
     params.scratch = write<void>(memory);
     check(cuda::batch_norm(params, device.stream()), "batch_norm");
-    return {output, mean, invstd, variance, codes, scale, mask};
+    return {output, mean, invstd, variance, codes, scale};
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
                                                        const std::optional<Tensor>& scale, const Tensor& mean,
                                                        const Tensor& invstd, const std::optional<Tensor>& weight,
-                                                       const std::optional<Tensor>& relu_mask,
-                                                       const std::string& saved_as, const std::optional<Tensor>& bias,
-                                                       bool relu) {
+                                                       const std::string& saved_as) {
   return dispatch("grad_output", grad_output, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
-    const CheckedNorm norm =
-        check_batch_norm_backward(grad_output, saved, scale, mean, invstd, relu_mask, saved_as, relu);
+    const CheckedNorm norm = check_batch_norm_backward(grad_output, saved, scale, mean, invstd, saved_as);
     const int64_t channels = norm.channels;
     const bool last = norm.channels_last;
     const ScalarType dtype = grad_output.scalar_type();
     const OnDevice device(grad_output);
-    const std::optional<Tensor> biases = weights_of("bias", bias, grad_output, channels);
     const std::optional<Tensor> scales = per_channel("scale", scale, wide(dtype), channels);
     const std::optional<Tensor> weights = weights_of("weight", weight, grad_output, channels);
     const Tensor means = *per_channel("mean", mean, ScalarType::Double, channels);
@@ -141,9 +137,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                         .mean = read<double>(means),
                                         .invstd = read<double>(invstds),
                                         .weight = weight_view(weights, dtype),
-                                        .bias = weight_view(biases, dtype),
-                                        .words = relu_mask ? read_words(*relu_mask) : nullptr,
-                                        .rectified = relu && !relu_mask,
                                         .grad_input = write<T>(grad_input),
                                         .grad_weight = write<void>(grad_weight),
                                         .grad_bias = write<void>(grad_bias),

@@ -81,8 +81,6 @@ struct CheckedNorm {
   cpu::Saved form;
   int64_t batch, channels, pixels;
   bool channels_last;
-
-  int64_t numel() const { return batch * channels * pixels; }
 };
 
 inline CheckedNorm checked_norm(const char* name, const Tensor& tensor, cpu::Saved form) {
@@ -105,8 +103,7 @@ inline CheckedNorm check_batch_norm(const Tensor& input, const std::string& save
 
 inline CheckedNorm check_batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
                                              const std::optional<Tensor>& scale, const Tensor& mean,
-                                             const Tensor& invstd, const std::optional<Tensor>& relu_mask,
-                                             const std::string& saved_as, bool relu) {
+                                             const Tensor& invstd, const std::string& saved_as) {
   const cpu::Saved form = saved_form("saved_as", saved_as);
   const ScalarType type = code_type(form, grad_output.scalar_type());
   STD_TORCH_CHECK(saved.scalar_type() == type, "saved: expected scalar type ", static_cast<int>(type), " for '",
@@ -118,12 +115,6 @@ inline CheckedNorm check_batch_norm_backward(const Tensor& grad_output, const Te
   check_same_device("mean", mean, grad_output);
   check_same_device("invstd", invstd, grad_output);
   if (scale) check_same_device("scale", *scale, grad_output);
-  if (relu_mask) {
-    check_bits("relu_mask", *relu_mask, norm.numel());
-    check_same_device("relu_mask", *relu_mask, grad_output);
-  }
-  STD_TORCH_CHECK(!relu || relu_mask || form == cpu::Saved::exact, "relu_mask: expected a tensor for '", saved_as,
-                  "' with relu, got None");
   return norm;
 }
 

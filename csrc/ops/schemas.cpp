@@ -7,6 +7,9 @@ SWAT_LIBRARY(m) {
   m.def(
       "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, bool padded=False) -> (Tensor values, Tensor "
       "mask)");
+  m.def(
+      "select(Tensor input, Tensor(a!) threshold, Tensor(b!) clock, SymInt keep, int period, bool padded) -> (Tensor "
+      "values, Tensor mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
@@ -37,15 +40,11 @@ SWAT_LIBRARY(m) {
   m.def("relu_(Tensor(a!) input) -> Tensor mask");
   m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");
   m.def(
-      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str saved, Tensor? seed, bool relu) -> "
-      "(Tensor "
-      "output, Tensor mean, Tensor invstd, Tensor variance, Tensor codes, Tensor scale, Tensor relu_mask)");
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str saved, Tensor? seed) -> (Tensor output, "
+      "Tensor mean, Tensor invstd, Tensor variance, Tensor codes, Tensor scale)");
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor saved, Tensor? scale, Tensor mean, Tensor invstd, Tensor? "
-      "weight, "
-      "Tensor? relu_mask, str saved_as, Tensor? bias=None, bool relu=False) -> (Tensor grad_input, Tensor "
-      "grad_weight, "
-      "Tensor grad_bias)");
+      "weight, str saved_as) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool "
       "ceil_mode) -> (Tensor output, Tensor positions)");

@@ -4,7 +4,7 @@ batches."""
 from pathlib import Path
 
 from swat_ext.data.arrays import ArrayData, cifar, digits, mnist
-from swat_ext.data.base import Batch, Data, keyed_generator
+from swat_ext.data.base import Batch, Data, check_count, keyed_generator
 from swat_ext.data.imagefolder import ImageFolder
 from swat_ext.data.synthetic import Synthetic
 from swat_ext.data.textures import Textures
@@ -17,6 +17,7 @@ __all__ = [
     "ImageFolder",
     "Synthetic",
     "Textures",
+    "check_count",
     "cifar",
     "digits",
     "keyed_generator",
@@ -51,7 +52,7 @@ def load_data(
         samples: images in an epoch, for textures and synthetic (8192).
 
     Raises:
-        ValueError: ``name`` is unknown, or an argument does not belong to it or is missing.
+        TypeError, ValueError: ``name`` is unknown, or an argument does not belong to it, is missing or out of range.
         ModuleNotFoundError: an optional dependency is not installed. FileNotFoundError: files are missing.
     """
     if name not in DATA:
@@ -65,6 +66,9 @@ def load_data(
     ):
         if value is not None and name not in takers:
             raise ValueError(f"{argument}: data {name!r} does not take it; {', '.join(takers)} do")
+    for argument, count in (("image_size", image_size), ("samples", samples)):
+        if count is not None:
+            check_count(argument, count)
     train_size = 8192 if samples is None else samples
     if name == "textures":
         return Textures(train_size)

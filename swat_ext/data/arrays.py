@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, stratified_split
+from swat_ext.data.base import Batch, Data, check_count, stratified_split
 from swat_ext.data.extras import require
 
 __all__ = ["ArrayData", "cifar", "digits", "mnist"]
@@ -24,6 +24,9 @@ class ArrayData(Data):
         mean, std: per channel, of pixels scaled to [0, 1].
         pad: a training image is padded with zeros by so many pixels and cropped back at random.
         flip: whether a training image is mirrored left to right half of the time.
+
+    Raises:
+        TypeError, ValueError: ``train`` or ``test`` is empty or not of that form, or ``pad`` is negative.
     """
 
     def __init__(
@@ -38,6 +41,18 @@ class ArrayData(Data):
         pad: int,
         flip: bool,
     ) -> None:
+        check_count("num_classes", num_classes)
+        check_count("pad", pad, 0)
+        for part, (images, labels) in (("train", train), ("test", test)):
+            if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
+                raise ValueError(
+                    f"{part}: expected uint8 images [N, C, H, W], at least one, "
+                    f"got {images.dtype} {tuple(images.shape)}"
+                )
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{part}: expected {len(images)} int64 labels, got {labels.dtype} {tuple(labels.shape)}"
+                )
         self.name = name
         self.num_classes = num_classes
         self.train_images, self.train_labels = train
@@ -152,19 +167,31 @@ def _read_cifar(path: Path, key: str, classes: int) -> Batch:
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="bytes").load()
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+        missing = [name for name in ("data", key) if name not in content]
+        if missing:
+            raise ValueError(f"it lacks {' and '.join(missing)}")
         images, labels = torch.tensor(content["data"]), torch.tensor(content[key])
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"data_dir: {path} is not a file of CIFAR's python version: {reason}") from error
-    if images.dtype != torch.uint8 or images.dim() != 2 or images.shape[1] != 3072 or labels.shape != images.shape[:1]:
+    if (
+        images.dtype != torch.uint8
+        or images.shape[1:] != (3072,)
+        or len(images) == 0
+        or labels.is_floating_point()
+        or labels.shape != images.shape[:1]
+    ):
         raise ValueError(
-            f"data_dir: {path} should hold uint8 data [N, 3072] and N {key}, "
-            f"got {images.dtype} {tuple(images.shape)} and {tuple(labels.shape)}"
+            f"data_dir: {path} should hold uint8 data [N, 3072] and N {key}, N at least 1, "
+            f"got {images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    labels = labels.long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"data_dir: {path} should hold labels from 0 to {classes - 1}, "
             f"got {int(labels.min())} to {int(labels.max())}"

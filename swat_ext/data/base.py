@@ -4,6 +4,7 @@ So a run that is resumed, or that loads on several threads, sees bit for bit the
 """
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,9 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Data", "keyed_generator", "stratified_split"]
+__all__ = ["Batch", "Data", "check_count", "keyed_generator", "stratified_split"]
 
 Batch = tuple[Tensor, Tensor]
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise TypeError where argument ``name`` is no integer, ValueError where it is below ``least``."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name}: expected at least {least}, got {count}")
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -84,7 +95,8 @@ class Data(ABC):
             workers: threads that prepare batches ahead; 0 prepares each one when it is asked for. The batches are the
                 same.
         """
-        _check_batches(batch_size, workers)
+        check_count("batch_size", batch_size)
+        check_count("workers", workers, 0)
         order = torch.randperm(self.train_size, generator=keyed_generator("order", seed, epoch))
 
         def prepare(batch: int) -> Batch:
@@ -95,16 +107,10 @@ class Data(ABC):
 
     def test_batches(self, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
         """The test set, in order, the last batch perhaps smaller; arguments as in :meth:`train_batches`."""
-        _check_batches(batch_size, workers)
+        check_count("batch_size", batch_size)
+        check_count("workers", workers, 0)
         parts = torch.arange(self.test_size).split(batch_size)
         return _prepare_ahead(lambda batch: self.test_batch(parts[batch]), len(parts), workers)
-
-
-def _check_batches(batch_size: int, workers: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers: expected at least 0, got {workers}")
 
 
 def _prepare_ahead(prepare: Callable[[int], Batch], count: int, workers: int) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data
+from swat_ext.data.base import Batch, Data, check_count
 from swat_ext.data.extras import require
 
 if TYPE_CHECKING:
@@ -42,15 +42,15 @@ class ImageFolder(Data):
 
     Raises:
         ModuleNotFoundError: pillow is not installed.
-        FileNotFoundError: a folder is missing or holds no image.
-        ValueError: ``image_size`` below 1, a class only in ``val``; while training, a file that cannot be decoded.
+        FileNotFoundError: a folder is missing, or a class's folder holds no image.
+        TypeError, ValueError: ``image_size`` is no integer of at least 1; a class only in ``val``; while training, a
+            file that cannot be decoded.
     """
 
     def __init__(self, data_dir: str | Path, image_size: int = 224) -> None:
         self._image = require("PIL.Image", "pillow", "data 'imagefolder'")
         self._numpy = require("numpy", "numpy", "data 'imagefolder'")
-        if image_size < 1:
-            raise ValueError(f"image_size: expected at least 1, got {image_size}")
+        check_count("image_size", image_size)
         root = Path(data_dir)
         train_folder = root / "train"
         test_folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
@@ -70,25 +70,29 @@ class ImageFolder(Data):
         self._std = torch.tensor(_STD).view(3, 1, 1)
 
     def _files(self, folder: Path) -> list[tuple[Path, int]]:
-        unknown = sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(self.classes))
+        present = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        unknown = [name for name in present if name not in self.classes]
         if unknown:
             raise ValueError(f"data_dir: {folder} has classes that the training folder lacks: {', '.join(unknown[:5])}")
         files = [
             (path, label)
             for label, name in enumerate(self.classes)
-            if (folder / name).is_dir()
+            if name in present
             for path in sorted((folder / name).rglob("*"))
             if path.suffix.lower() in EXTENSIONS and path.is_file()
         ]
-        if not files:
-            raise FileNotFoundError(f"data_dir: expected a folder of images for each class in {folder}, found no image")
+        filled = {label for _, label in files}
+        empty = [name for label, name in enumerate(self.classes) if name in present and label not in filled]
+        if empty or not files:
+            found = f"no image in {', '.join(empty[:5])}" if empty else "no folder"
+            raise FileNotFoundError(f"data_dir: expected a folder of images for each class in {folder}, found {found}")
         return files
 
     def _open(self, path: Path) -> "Image":
         try:
             with self._image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # Pillow raises whatever its decoders meet
             raise ValueError(f"data_dir: {path} cannot be read as an image: {error}") from error
 
     def _tensor(self, image: "Image") -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, keyed_generator
+from swat_ext.data.base import Batch, Data, check_count, keyed_generator
 
 __all__ = ["Synthetic"]
 
@@ -18,7 +18,7 @@ class Synthetic(Data):
         test_size: images in the test set.
 
     Raises:
-        ValueError: an argument below 1.
+        TypeError, ValueError: an argument that is no integer, or below 1.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class Synthetic(Data):
         train_size: int = 8192,
         test_size: int = 1024,
     ) -> None:
-        sizes = {"shape": min(shape), "num_classes": num_classes, "train_size": train_size, "test_size": test_size}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape: expected three sizes of at least 1, got {shape}")
+        for name, value in (("num_classes", num_classes), ("train_size", train_size), ("test_size", test_size)):
+            check_count(name, value)
         self.name = "synthetic"
         self.num_classes = num_classes
         self.shape = shape

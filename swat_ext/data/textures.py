@@ -7,12 +7,13 @@ none crosses the border.
 """
 
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, keyed_generator
+from swat_ext.data.base import Batch, Data, check_count, keyed_generator
 from swat_ext.data.extras import require
 
 __all__ = ["PICTURES", "Textures", "picture_folder"]
@@ -86,14 +87,16 @@ class Textures(Data):
         noise: standard deviation of the Gaussian noise, in units of the patch's own.
 
     Raises:
-        ValueError: an argument out of its range. ModuleNotFoundError, FileNotFoundError: the photographs are not there.
+        TypeError, ValueError: an argument out of its range.
+        ModuleNotFoundError, FileNotFoundError: the photographs are not there.
     """
 
     def __init__(self, train_size: int = 8192, test_size: int = 2048, *, patch: int = 32, noise: float = NOISE) -> None:
-        if train_size < 1 or test_size < 1:
-            raise ValueError(f"train_size, test_size: expected at least 1, got {train_size} and {test_size}")
-        if noise < 0:
-            raise ValueError(f"noise: expected at least 0, got {noise}")
+        check_count("train_size", train_size)
+        check_count("test_size", test_size)
+        check_count("patch", patch)
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise: expected a finite number of at least 0, got {noise}")
         pictures = _load_pictures()
         self.name = "textures"
         self.num_classes = len(pictures)
@@ -103,7 +106,7 @@ class Textures(Data):
         heights, widths = torch.tensor([picture.shape for picture in pictures]).T
         borders = (TRAIN_FRACTION * widths).long()
         smallest = int(torch.cat([heights, borders, widths - borders]).min())
-        if not 1 <= patch <= smallest:
+        if patch > smallest:
             raise ValueError(f"patch: expected from 1 to {smallest}, got {patch}")
         # All pictures in one row of pixels, so that one gather cuts a whole batch from them.
         self._pixels = torch.cat([picture.flatten() for picture in pictures])

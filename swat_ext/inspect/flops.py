@@ -49,7 +49,9 @@ def saved_input_size(layer: nn.Module, input_size: Sequence[int]) -> list[int]:
     """Shape of the input that ``layer`` saves for its weight gradient: padded where the padding mode is not zeros."""
     size = list(input_size)
     if isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode != "zeros":
-        pairs = layer._reversed_padding_repeated_twice
-        for axis in range(len(pairs) // 2):
-            size[-1 - axis] += pairs[2 * axis] + pairs[2 * axis + 1]
+        for axis in range(-len(layer.kernel_size), 0):
+            if layer.padding == "same":
+                size[axis] += layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            elif layer.padding != "valid":
+                size[axis] += 2 * int(layer.padding[axis])
     return size

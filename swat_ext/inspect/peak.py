@@ -2,13 +2,12 @@
 
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["Peak", "device_of", "resident_bytes"]
+__all__ = ["Peak", "device_of"]
 
 _SAMPLE_S = 1e-3
 _STATM = Path("/proc/self/statm")
@@ -18,14 +17,6 @@ def device_of(model: nn.Module) -> torch.device:
     """The first CUDA device that ``model`` has a parameter or a buffer on, else the CPU."""
     devices = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
-
-
-def resident_bytes() -> int | None:
-    """Resident memory of this process in bytes; None where the system does not say."""
-    try:
-        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
 
 
 class Peak:
@@ -41,32 +32,33 @@ class Peak:
         self.first: int | None = None
         self.most: int | None = None
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.sample: Callable[[], None] = self._sample if device.type == "cpu" else lambda: None
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.first = torch.cuda.memory_allocated(self.device)
-            return
-        self.first = self.most = resident_bytes()
-        if self.first is not None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
+        else:
+            self.first = self.most = _resident_bytes()
             self._thread.start()
 
     def stop(self) -> None:
         if self.device.type == "cuda":
             self.most = torch.cuda.max_memory_allocated(self.device)
-        elif self._thread is not None:
-            self._sample()
+        else:
             self._ended.set()
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(_SAMPLE_S):
-            self._sample()
+        ended = False
+        while not ended and self.most is not None:
+            ended = self._ended.wait(_SAMPLE_S)
+            self.most = max(self.most, _resident_bytes() or 0)
 
-    def _sample(self) -> None:
-        now = resident_bytes()
-        if now is not None:
-            self.most = max(self.most or 0, now)
+
+def _resident_bytes() -> int | None:
+    """Resident memory of this process in bytes; None where the system does not say."""
+    try:
+        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

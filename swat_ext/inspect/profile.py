@@ -1,21 +1,26 @@
 """What a model holds for the backward pass, layer by layer, and the peak of memory, as measured."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from swat_ext.inspect.peak import Peak, device_of
-from swat_ext.inspect.rows import ModelCall, dense_rows, held_rows, with_dense
-from swat_ext.inspect.saved import SavedRecorder, tensors_in
-from swat_ext.inspect.shapes import copy_model
-from swat_ext.inspect.table import human_bytes, render
+from swat_ext.inspect.record import OUTSIDE, Recorder
+from swat_ext.inspect.shapes import arguments, copy_model, tensors_in
+from swat_ext.inspect.table import human_bytes, human_change, render
+from swat_ext.modules import SWATLayer
+from swat_ext.modules.around import is_around_form
+from swat_ext.sparsify import dense_shapes
 
 __all__ = ["LayerMemory", "MemoryProfile", "profile_memory"]
+
+_HOOKS_INSIDE = (
+    "without what was saved within other saved_tensors_hooks (such as save_on_cpu), which torch asks in place of these"
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class LayerMemory:
         name: its first name; "" for the model itself, "(outside the model)" for what no module of it saved.
         kind: its class, or the function that saved the tensors where a container's own forward called one, such as
             ``relu (functional)``.
-        calls: forwards of the module inside the block.
+        calls: forwards of the module inside the block, recomputation for the backward pass included.
         held_bytes: distinct storages that it saved before any other module did, whole storages.
         dense_bytes: the same in the dense network; None where not known.
     """
@@ -65,67 +70,52 @@ class MemoryProfile:
     device: str
 
     def __init__(self, model: nn.Module, *, dense: bool = True) -> None:
-        self._model: nn.Module | None = model
-        self._dense = dense
-        self._calls: list[ModelCall] = []
-        self._peak: Peak | None = None
-        self._recorder: SavedRecorder | None = None
-        self._state = "was not entered: use it in a with statement"
+        self._dense, self._entered = dense, False
+        self._recorder: Recorder | None = Recorder(model)
+        self._peak = Peak(device_of(model))
 
     def __getattr__(self, name: str) -> Any:
         if name in MemoryProfile.__annotations__:
-            raise RuntimeError(f"{name}: the profile {self.__dict__.get('_state', 'is not complete')}")
+            raise RuntimeError(f"{name}: the profile has no results: its with block was not run to its end")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # --- The block
 
     def __enter__(self) -> Self:
-        if self._model is None or self._recorder is not None:
+        if self._entered or self._recorder is None:
             raise RuntimeError("profile_memory: a profile is of one block; call profile_memory again for another")
-        self._state = "is not complete before its with block is left"
-        self._peak = Peak(device_of(self._model))
-        self._recorder = SavedRecorder(
-            self._model,
-            meta=any(parameter.is_meta for parameter in self._model.parameters()),
-            on_call=lambda args, kwargs: self._calls.append(ModelCall.of(args, kwargs)),
-            on_progress=self._peak.sample,
-        )
+        self._entered = True
+        self._recorder.__enter__()
         self._peak.start()
-        try:
-            self._recorder.__enter__()
-        except BaseException:
-            self._peak.stop()
-            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        model, recorder, peak, calls = self._model, self._recorder, self._peak, self._calls
-        assert model is not None
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        recorder, self._recorder = self._recorder, None  # a profile that is kept keeps no model
         assert recorder is not None
-        assert peak is not None
-        recorder.__exit__(kind, error, trace)
-        peak.stop()
-        self._model, self._recorder, self._calls = None, None, []  # a profile that is kept keeps no model
+        self._peak.stop()
+        recorder.__exit__()
         if kind is not None:
-            self._state = f"has no results: its with block raised {kind.__name__}"
             return
-        if not recorder.calls:
-            self._state = "has no results: no forward ran in its with block"
+        if not recorder.forwards:
             raise RuntimeError("profile_memory: no forward of model or of a part of it ran in the with block")
-        rows = held_rows(model, recorder)
-        dense, self.dense_note = dense_rows(model, recorder, calls, rows) if self._dense else (None, "not asked for")
-        self.model, self.device = type(model).__name__, peak.device.type
+        held = recorder.held_by_row()
+        dense, self.dense_note = _dense_rows(recorder) if self._dense else (None, "not asked for")
+        places = {name: place for place, name in enumerate(recorder.forwards)}
         self.layers = tuple(
-            LayerMemory(row[0], found.kind, found.calls, found.nbytes, None if dense is None else dense.get(row, 0))
-            for row, found in with_dense(model, recorder, rows, dense or {}).items()
-            if found.nbytes or (dense or {}).get(row)
+            LayerMemory(
+                row[0],
+                recorder.kind(*row),
+                recorder.forwards.get(row[0], 0),
+                held.get(row, 0),
+                None if dense is None else dense.get(row, 0),
+            )
+            for row in sorted(held | (dense or {}), key=lambda row: places.get(row[0], len(places)))
         )
-        self.held_bytes = sum(found.nbytes for found in rows.values())
+        self.model, self.device = type(recorder.model).__name__, self._peak.device.type
+        self.held_bytes = sum(held.values())
         self.held_note = _HOOKS_INSIDE if recorder.hooks_inside else ""
         self.dense_bytes = None if dense is None else sum(dense.values())
-        self.peak_bytes, self.start_bytes = peak.most, peak.first
+        self.peak_bytes, self.start_bytes = self._peak.most, self._peak.first
 
     # --- What it says
 
@@ -146,8 +136,8 @@ class MemoryProfile:
     def __str__(self) -> str:
         title = f"{self.model}: {human_bytes(self.held_bytes)} held for the backward pass"
         if self.dense_bytes is not None:
-            title += f", {human_bytes(self.dense_bytes)} if it were dense{_change(self.dense_bytes, self.held_bytes)}"
-        total = (human_bytes(self.held_bytes), human_bytes(self.dense_bytes))
+            change = human_change(self.dense_bytes, self.held_bytes)
+            title += f", {human_bytes(self.dense_bytes)} if it were dense ({change})"
         rows = [
             (
                 layer.name or "(model)",
@@ -166,11 +156,12 @@ class MemoryProfile:
             what = "allocated by torch on the GPU" if self.device == "cuda" else "resident, of the whole process"
             more = human_bytes(self.peak_bytes - self.start_bytes)
             peak = f"Peak {human_bytes(self.peak_bytes)} ({what}), {more} more than at the start."
+        total = ("total", "", human_bytes(self.held_bytes), human_bytes(self.dense_bytes))
         return "\n".join(
             [
                 title,
                 "",
-                render(("layer", "kind", "held", "dense"), rows, "<<>>", ("total", "", *total)),
+                render(("layer", "kind", "held", "dense"), rows, "<<>>", total),
                 "",
                 render(("kind", "layers", "held", "dense"), kinds, "<>>>"),
                 "",
@@ -224,7 +215,7 @@ class MemoryProfile:
 
 
 def profile_memory(
-    model: nn.Module, input: Tensor | Sequence[Any] | None = None, *, dense: bool = True
+    model: nn.Module, input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None, *, dense: bool = True
 ) -> MemoryProfile:
     """What each layer of ``model`` holds for the backward pass, what it would hold if dense, and the peak of memory.
 
@@ -240,49 +231,64 @@ def profile_memory(
 
     Args:
         model: any module, sparse or not, in the mode (training or evaluation) in which it is to be measured.
-        input: the tensor that ``model`` takes, or the sequence of its arguments; None to use the context manager.
+        input: the tensor that ``model`` takes, or a tuple or dict of arguments; None to use the context manager.
         dense: also find what the dense network would hold: a copy with plain ``torch.nn`` layers and without values,
             run on shapes alone, so that it needs no memory. False leaves every ``dense_bytes`` None. So does a part of
             the model that is called on its own in the block: the dense network is run by calls of the whole.
 
     Returns:
         :class:`MemoryProfile`. Nothing is held without gradients: under ``torch.no_grad()`` its rows are empty. What is
-        saved within a block of ``torch.autograd.graph.saved_tensors_hooks`` inside, such as ``save_on_cpu``, goes to
-        its hooks alone and is not counted; ``held_note`` then says so.
+        saved within a block of ``torch.autograd.graph.saved_tensors_hooks`` inside, such as ``save_on_cpu`` or another
+        profile, goes to its hooks alone and is not counted; ``held_note`` then says so.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or a compiled model. ValueError: sparse layers on the meta device.
         RuntimeError: no forward ran in the block, a profile was used twice, or one is read too early.
         Whatever the model raises goes through, and its hooks are removed in every case.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    # A compiled model runs no hooks of its layers, and tracing ours would fail.
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-        raise TypeError(
-            "model: expected one that is not compiled, whose layers can be seen; give it before torch.compile"
+    if any(isinstance(module, SWATLayer) and module.weight.is_meta for module in model.modules()):
+        raise ValueError(
+            "model: expected values in its sparse layers, got layers on the meta device, which save as dense"
         )
     if not isinstance(dense, bool):
         raise TypeError(f"dense: expected True or False, got {dense!r}")
     if input is None:
         return MemoryProfile(model, dense=dense)
-    if not isinstance(input, (Tensor, tuple, list)):
-        raise TypeError(f"input: expected a Tensor, or a tuple or list of arguments, got {type(input).__name__}")
-    args = (input,) if isinstance(input, Tensor) else tuple(input)
+    args, kwargs = arguments("input", input)
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         model = copy_model(model)
         with MemoryProfile(model, dense=dense) as profile:
-            results = [tensor.sum() for tensor in tensors_in(model(*args)) if tensor.requires_grad]
+            results = [tensor.sum() for tensor in tensors_in(model(*args, **kwargs)) if tensor.requires_grad]
             if results:
                 torch.stack(results).sum().backward()
     return profile
 
 
-_HOOKS_INSIDE = (
-    "without what was saved within other saved_tensors_hooks (such as save_on_cpu), which torch asks in place of these"
-)
-
-
-def _change(before: int, after: int) -> str:
-    return f" ({100 * (after - before) / before:+.1f}%)" if before else ""
+def _dense_rows(recorder: Recorder) -> tuple[dict[tuple[str, str], int] | None, str]:
+    """What each row would hold if the network were dense, or None, and how that was found."""
+    model, held = recorder.model, recorder.held_by_row()
+    if recorder.hooks_inside:
+        return None, "not known, as what is held is not"
+    if not any(isinstance(module, SWATLayer) or is_around_form(module) for module in model.modules()):
+        return held, "the model is dense"
+    if any(saved.model_call is None and saved.name != OUTSIDE for saved in recorder.held):
+        return None, "not known, as a part of the model was called on its own"
+    if not recorder.model_calls:
+        return None, "not known, as the model itself was not called"
+    numbers = {saved.model_call for saved in recorder.held if saved.model_call is not None}
+    calls = [recorder.model_calls[number] for number in sorted(numbers)]
+    if any(call.autocast for call in calls):
+        return None, "not known under autocast"
+    try:
+        with torch.random.fork_rng(devices=[]), Recorder(dense_shapes(model)) as twin:
+            results = []  # held, as the graphs were
+            for call in calls:
+                with torch.set_grad_enabled(call.grad):
+                    results.append(twin.model(*call.args, **call.kwargs))
+    except Exception as error:  # on shapes alone a model may fail in any way
+        return None, f"not known, as the dense model does not run on shapes alone ({type(error).__name__}: {error})"
+    outside = {row: nbytes for row, nbytes in held.items() if row[0] == OUTSIDE}
+    return twin.held_by_row() | outside, "the same model with plain torch.nn layers, run on shapes alone"

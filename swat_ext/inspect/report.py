@@ -1,23 +1,49 @@
 """A table of what a model's sparse layers save, and of which layers are not sparse and why."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from swat_ext.functional import takes_again
 from swat_ext.inspect.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
-from swat_ext.inspect.rows import HeldByKind, held_by_kind
-from swat_ext.inspect.shapes import Call, trace_calls
-from swat_ext.inspect.table import human_bytes, human_count, human_share, render
+from swat_ext.inspect.record import Call, Recorder, Saved
+from swat_ext.inspect.shapes import arguments, copy_model, map_tensors, on_meta, tensors_in
+from swat_ext.inspect.table import human_bytes, human_change, human_count, human_shares, render
 from swat_ext.modules import SWATLayer
+from swat_ext.ops.convolution import retakes
 from swat_ext.ops.library import mask_words
 from swat_ext.sparsify import LeftDense, Surveyed, survey
 
-__all__ = ["LayerReport", "Report", "report"]
+__all__ = ["HeldByKind", "LayerReport", "Report", "report"]
+
+# Of layers or modules in one line.
+_MOST_NAMES = 3
+_NOT_RUN = "Give input_size or example_inputs for FLOPs and bytes."
+_SHARES = """\
+sparsity: zeros asked for in the weight / in the input kept for the weight gradient; realised: what the last training
+forward had; age: optimizer steps since the last selection."""
+_RUN = """\
+FLOPs: forward + input gradient + weight gradient, 2 a multiplication. Kinds: /2 is a stride of 2.
+held: kept by these layers from forward to backward, bits of the weights too, by their budget: exact zeros take less,
+an ageing threshold up to 1.25 times. An input that several layers read counts once in the totals.
+Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step."""
+
+
+class HeldByKind(NamedTuple):
+    """What the modules of one kind hold, or the calls of one function.
+
+    Attributes:
+        number: modules that hold something; of a function, its calls that do.
+        nbytes: bytes that they hold.
+        modules: of a function, the modules in whose forward it was called; "" is the model itself.
+    """
+
+    number: int
+    nbytes: int
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,18 +51,19 @@ class LayerReport:
     """One layer that multiplies by weights, over all its calls in one training step.
 
     Attributes:
-        name, kind: its first name, and what it is in a few words.
+        name, kind: its first name, and what it is in a few words ("/2" is a stride of 2).
         sparse: whether it trains sparse; if not, its two sparsities are 0 and ``reason`` says why.
         sparsity, activation_sparsity: fractions of zeros, in [0, 1).
+        realised_sparsity: those that the last training forward had, of weight and activation; None where not known.
+        steps_since_selection: optimizer steps since either was last selected; None where not known.
         backend, reason: "sparse" or "dense" kernels, and why those.
-        speedup: how many times as fast as PyTorch's dense layer it was when it was measured; None where it was not.
-        calls: times that one forward of the model calls it; None where no ``input_size`` was given.
+        calls: times that one forward of the model calls it; None where the model did not run.
         input_size, output_size: of the first call, batch included; None where there was none.
         dense_flops, swat_flops: FLOPs of forward, input gradient and weight gradient; None where not known.
         dense_bytes: what PyTorch's layer keeps of its inputs for the backward pass; None where not known.
-        activation_bytes, weight_bytes: what this layer keeps: packed inputs, and of the weight a bit an element (on
-            CUDA, or where the weight is no parameter, its kept elements too), each time that it is called; for a dense
-            layer its inputs.
+        activation_bytes, weight_bytes: what this layer keeps by its budget: packed inputs, and of the weight a bit an
+            element (on CUDA, or where the weight is no parameter, its kept elements too), each time that it is called;
+            for a dense layer its inputs.
     """
 
     name: str
@@ -44,9 +71,10 @@ class LayerReport:
     sparse: bool
     sparsity: float
     activation_sparsity: float
+    realised_sparsity: tuple[float | None, float | None]
+    steps_since_selection: tuple[int | None, int | None]
     backend: str
     reason: str
-    speedup: float | None
     calls: int | None
     input_size: tuple[int, ...] | None
     output_size: tuple[int, ...] | None
@@ -68,7 +96,7 @@ class Report:
 
     Attributes:
         model: name of the model's class.
-        input_size: as given, or None.
+        input_size: shape of the first tensor that the model ran on; None if it did not run.
         layers: one row a layer that multiplies by weights, in the order of registration.
         left_dense: those of them that are not sparse, by choice or because they cannot be.
         dense_flops, swat_flops: training FLOPs of the layers that can be counted, for one batch.
@@ -79,7 +107,7 @@ class Report:
             many bytes; for a function called by containers its calls, the bytes, and the names of those containers. A
             tensor that a layer which is not sparse keeps too is in both. None if the model does not run in training
             mode.
-        Without ``input_size`` these five are None.
+        If the model did not run these five are None.
         parameter_bytes: bytes of all parameters, which stay dense.
         gradient_bytes: bytes of the gradients of those that have one; momentum takes as much again.
     """
@@ -107,102 +135,81 @@ class Report:
     def __str__(self) -> str:
         swapped = sum(layer.sparse for layer in self.layers)
         title = f"{self.model}: {swapped} of {len(self.layers)} layers with weights train sparse"
+        weights, gradients = human_bytes(self.parameter_bytes), human_bytes(self.gradient_bytes)
+        dense = f"Dense as ever: parameters {weights}, their gradients {gradients}, momentum as much again."
         if self.input_size is None:
-            notes = [*self._left_dense_lines(), *self._slower_lines(), self._parameters_line(), _NO_SIZE, _SPEED]
-            return "\n".join([title, "", self._short_table(), "", *notes])
-        title += f"; one training step on input {_shape(self.input_size)}"
-        notes = [line for line in (*self._left_dense_lines(), *self._uncounted_lines()) if line]
-        notes += [*self._slower_lines(), *self._outside_lines(), self._parameters_line()]
-        return "\n".join([title, "", self._long_table(), "", *notes, *_NOTES, _SPEED])
+            return "\n".join([title, "", self._table(), "", *self._kernels(), dense, _SHARES, _NOT_RUN])
+        title += f"; one training step on input {'x'.join(map(str, self.input_size))}"
+        flops = human_change(self.dense_flops, self.swat_flops)
+        change = f"In all {flops} FLOPs, {human_change(self.dense_bytes, self.saved_bytes)} held."
+        unreached = ", ".join(layer.name for layer in self.layers if layer.calls == 0)
+        unknown = ", ".join(layer.name for layer in self.layers if layer.calls and layer.dense_flops is None)
+        notes = [f"Not called as a layer with such an input: {unreached}."] if unreached else []
+        notes += [f"Not counted, of a kind unknown here: {unknown}."] if unknown else []
+        notes += [*self._held_outside(), dense, _SHARES, _RUN]
+        return "\n".join([title, "", self._table(), "", change, *self._kernels(), *notes])
 
-    def _short_table(self) -> str:
-        header = ("layer", "kind", "weight", "input", "speed", "kernels")
-        rows = [(*_start(layer), _speed(layer), _kernels(layer)) for layer in self.layers]
-        return render(header, rows, "<<>>><")
-
-    def _long_table(self) -> str:
-        header = ("layer", "kind", "weight", "input", "FLOPs dense", "SWAT", "held dense", "SWAT", "speed", "kernels")
-        rows = [
-            (
-                *_start(layer),
-                human_count(layer.dense_flops),
-                human_count(layer.swat_flops),
-                human_bytes(layer.dense_bytes),
-                human_bytes(layer.saved_bytes),
-                _speed(layer),
-                _kernels(layer),
-            )
-            for layer in self.layers
+    def _table(self) -> str:
+        rows = self.layers
+        shares = [(row.sparsity, row.activation_sparsity) if row.sparse else (None, None) for row in rows]
+        # Header, side, cells, and the cell of the total.
+        columns: list[tuple[str, str, list[str], str]] = [
+            ("layer", "<", [row.name or "(model)" for row in rows], "total"),
+            ("kind", "<", [row.kind + (f" ({row.calls} calls)" if (row.calls or 0) > 1 else "") for row in rows], ""),
+            ("sparsity", ">", [human_shares(pair) for pair in shares], ""),
         ]
-        footer = (
-            "total",
-            "",
-            "",
-            "",
-            human_count(self.dense_flops),
-            human_count(self.swat_flops),
-            human_bytes(self.dense_bytes),
-            human_bytes(self.saved_bytes),
-            "",
-            f"{_change(self.dense_flops, self.swat_flops)} FLOPs, {_change(self.dense_bytes, self.saved_bytes)} held",
-        )
-        return render(header, rows, "<<>>>>>>><", footer)
+        if any(row.realised_sparsity != (None, None) for row in rows):
+            columns.append(("realised", ">", [human_shares(row.realised_sparsity) for row in rows], ""))
+        if any(row.steps_since_selection != (None, None) for row in rows):
+            ages = ["/".join("-" if age is None else str(age) for age in row.steps_since_selection) for row in rows]
+            columns.append(("age", ">", ages, ""))
+        if self.input_size is not None:
+            fields = ("dense_flops", "swat_flops", "dense_bytes", "saved_bytes")
+            for header, field in zip(("FLOPs", "SWAT", "held", "SWAT"), fields, strict=True):
+                form = human_bytes if field.endswith("bytes") else human_count
+                columns.append((header, ">", [form(getattr(row, field)) for row in rows], form(getattr(self, field))))
+        columns.append(("kernels", "<", [row.backend if row.sparse else "PyTorch" for row in rows], ""))
+        headers, sides, cells, totals = zip(*columns, strict=True)
+        footer = totals if self.input_size is not None else ()
+        return render(headers, list(zip(*cells, strict=True)), "".join(sides), footer)
 
-    def _left_dense_lines(self) -> list[str]:
-        if not self.left_dense:
-            return ["Not sparse: none."]
-        width = max(len(layer.name) for layer in self.left_dense)
-        return ["Not sparse:"] + [f"  {layer.name:<{width}}  {layer.reason}" for layer in self.left_dense]
+    def _kernels(self) -> list[str]:
+        chosen: dict[tuple[bool, str], list[str]] = {}
+        for layer in self.layers:
+            why = f"{layer.backend}: {layer.reason}" if layer.sparse else layer.reason
+            chosen.setdefault((layer.sparse, why), []).append(layer.name or "(model)")
+        lines = [f"  {why}: {_names(names) if sparse else ', '.join(names)}" for (sparse, why), names in chosen.items()]
+        return ["Kernels, or why a layer is not sparse:", *lines] if lines else []
 
-    def _slower_lines(self) -> list[str]:
-        slower = [f"{layer.name or '(model)'} ({_speed(layer)})" for layer in self.layers if (layer.speedup or 1) < 1]
-        if not slower:
-            return []
-        advice = "name them in SWATConfig.skip where their memory matters less than their time."
-        return [f"Slower than PyTorch's dense layers: {', '.join(slower)}; {advice}"]
-
-    def _uncounted_lines(self) -> list[str]:
-        unreached = [layer.name for layer in self.layers if layer.calls == 0]
-        unknown = [layer.name for layer in self.layers if layer.calls and layer.dense_flops is None]
-        lines = [f"Not called as a layer with such an input: {', '.join(unreached)}."] if unreached else []
-        return lines + ([f"Not counted, of a kind unknown here: {', '.join(unknown)}."] if unknown else [])
-
-    def _outside_lines(self) -> list[str]:
+    def _held_outside(self) -> list[str]:
         if self.outside is None:
             return ["Held by other modules: not known, as the model does not run in training mode."]
         if not self.outside:
             return ["Held by other modules: nothing."]
         total = sum(held.nbytes for held in self.outside.values())
-        width = max(map(len, self.outside))
-        return [f"Held by other modules, {human_bytes(total)}:"] + [
-            f"  {kind:<{width}}  {human_bytes(held.nbytes)} in {_where(held)}" for kind, held in self.outside.items()
-        ]
-
-    def _parameters_line(self) -> str:
-        weights, gradients = human_bytes(self.parameter_bytes), human_bytes(self.gradient_bytes)
-        return f"Dense as ever: parameters {weights}, their gradients {gradients}, momentum as much again."
+        lines = [f"Held by other modules, {human_bytes(total)}:"]
+        for kind, held in self.outside.items():
+            calls = f" call{'s' * (held.number != 1)}, by {_names(held.modules)}" if held.modules else ""
+            lines.append(f"  {kind}: {human_bytes(held.nbytes)} in {held.number}{calls}")
+        return lines
 
 
-# Of the modules that call a function.
-_MOST_NAMES = 3
-_NO_SIZE = "Give input_size for FLOPs and bytes."
-_SPEED = "speed: as measured when the kernels were chosen, against PyTorch's dense layer on an input of like size."
-_NOTES = (
-    "weight, input: share of zeros in the weight and in the input kept for the weight gradient.",
-    "FLOPs: forward + input gradient + weight gradient, 2 a multiplication.",
-    "held: kept by these layers from forward to backward, bits of the weights too, by their budget: exact zeros take",
-    "less, an ageing threshold up to 1.25 times. An input that several layers read counts once in the totals.",
-    "Other modules: what they keep for the backward pass, each tensor once, by the shapes of a training step.",
-)
-
-
-def report(model: nn.Module, input_size: Sequence[int] | None = None, *, dtype: torch.dtype | None = None) -> Report:
+def report(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Report:
     """What each layer of ``model`` saves, what it runs on and why, and which layers are not sparse.
 
     Args:
-        model: a module, sparse or not. It is not changed: a copy runs, on shapes alone where the model can.
-        input_size: shape of the one tensor that ``model`` takes, batch included. None leaves out FLOPs and bytes.
-        dtype: dtype of that tensor; None means that of the parameters.
+        model: a module, sparse or not. It is not changed: a copy runs one forward, on shapes alone where it can, else
+            on values.
+        input_size: shape of the one tensor that ``model`` takes, batch included.
+        example_inputs: instead, a tensor, a tuple of arguments or a dict of keyword arguments, such as tokens and a
+            mask; they stay as they are. Neither of the two leaves out FLOPs and bytes.
+        dtype: dtype of the tensor of ``input_size``; None means that of the parameters.
 
     Returns:
         :class:`Report`, to print or to take apart.
@@ -213,78 +220,133 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None, *, dtype: 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    size = None if input_size is None else _check_size(input_size)
-    calls = None if size is None else trace_calls(model, size, dtype)
     surveyed = list(survey(model))
-    rows = [_row(layer, None if calls is None else calls.get(layer.name, [])) for layer in surveyed]
-    left = tuple(layer.left_dense(row.reason) for layer, row in zip(surveyed, rows, strict=True) if not row.sparse)
-    parameters = list(model.parameters())
+    recorder = size = None
+    if example_inputs is not None:
+        if input_size is not None or dtype is not None:
+            raise ValueError(
+                f"example_inputs: expected no {'input_size' if input_size else 'dtype'} beside it, got both"
+            )
+        given = arguments("example_inputs", example_inputs)
+        size = next((tuple(tensor.shape) for tensor in tensors_in(given)), None)
+        if size is None:
+            raise ValueError("example_inputs: expected at least one tensor, got none")
+        recorder = _walk(model, surveyed, given, "example_inputs: the model did not run on them")
+    elif input_size is not None:
+        size = _check_size(input_size)
+        floating = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+        tensor = torch.empty(size, dtype=dtype or floating or torch.float32, device="meta")
+        what = f"input_size: the model did not run on one {tensor.dtype} tensor of shape {size}"
+        recorder = _walk(model, surveyed, ((tensor,), {}), what)
+    calls = {} if recorder is None else recorder.layer_calls
+    rows = [_row(layer, calls.get(layer.name)) for layer in surveyed]
+    left = [layer.left_dense(row.reason) for layer, row in zip(surveyed, rows, strict=True) if not row.sparse]
+    flops: tuple[float | None, ...] = (None, None)
+    nbytes: tuple[int | None, ...] = (None, None)
+    if recorder is not None:
+        flops = sum(row.dense_flops or 0 for row in rows), sum(row.swat_flops or 0 for row in rows)
+        nbytes = _total_bytes(surveyed, calls)
+        nbytes = nbytes[0], nbytes[1] + sum(row.weight_bytes for row in rows)
     return Report(
-        type(model).__name__,
-        size,
-        tuple(rows),
-        left,
-        *_totals(surveyed, rows, calls),
-        None if size is None else _outside(model, size, dtype),
-        sum(parameter.nbytes for parameter in parameters),
-        sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
+        model=type(model).__name__,
+        input_size=size,
+        layers=tuple(rows),
+        left_dense=tuple(left),
+        dense_flops=flops[0],
+        swat_flops=flops[1],
+        dense_bytes=nbytes[0],
+        saved_bytes=nbytes[1],
+        outside=_outside(recorder) if recorder is not None and recorder.model.training else None,
+        parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        gradient_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
     )
 
 
-def _outside(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, HeldByKind] | None:
-    layers = tuple({type(layer.module) for layer in survey(model)})
-    return held_by_kind(model, size, dtype, lambda module: isinstance(module, layers))
+def _check_size(size: Any) -> tuple[int, ...]:
+    if not isinstance(size, Sequence) or any(isinstance(item, bool) or not isinstance(item, int) for item in size):
+        raise TypeError(f"input_size: expected a sequence of integers, batch included, got {size!r}")
+    if any(item < 1 for item in size):
+        raise ValueError(f"input_size: expected integers of at least 1, got {size!r}")
+    return tuple(size)
 
 
-def _check_size(input_size: object) -> tuple[int, ...]:
-    if not isinstance(input_size, Sequence) or isinstance(input_size, str):
-        raise TypeError(f"input_size: expected a sequence of integers, batch included, got {input_size!r}")
-    for item in input_size:
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise TypeError(f"input_size: expected a sequence of integers, batch included, got {input_size!r}")
-        if item < 1:
-            raise ValueError(f"input_size: expected integers of at least 1, got {input_size!r}")
-    return tuple(input_size)
+def _walk(
+    model: nn.Module, layers: list[Surveyed], given: tuple[tuple[Any, ...], dict[str, Any]], what: str
+) -> Recorder:
+    """Record one forward of a copy of ``model``.
+
+    On the meta device, or if the model cannot do that on values: zeros and random ones where ``given`` has none. If
+    neither works in training mode (a BatchNorm refuses one value a channel) then in evaluation mode.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def with_values(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        values = torch.randn if tensor.is_floating_point() else torch.zeros
+        return values(tensor.shape, dtype=tensor.dtype, device=device)
+
+    failure: Exception | None = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        for training in (True, False):
+            for change in (on_meta, None):
+                try:
+                    twin = copy_model(model, change).train(training)
+                    args, kwargs = map_tensors(change or with_values, given)
+                    with Recorder(twin, [layer.name for layer in layers]) as recorder:
+                        result = twin(*args, **kwargs)  # held until the block is left
+                    del result
+                except Exception as error:  # on shapes alone a model may fail in any way
+                    failure = error
+                else:
+                    return recorder
+    raise RuntimeError(f"{what}: {failure}") from failure
+
+
+def _outside(recorder: Recorder) -> dict[str, HeldByKind]:
+    """What others than the surveyed layers hold, by kind, most bytes first."""
+    kinds: dict[str, list[Saved]] = {}
+    for saved in recorder.held:
+        kinds.setdefault(recorder.kind(saved.name, saved.function), []).append(saved)
+    found = {}
+    for kind, held in kinds.items():
+        names = tuple(dict.fromkeys(saved.name for saved in held))
+        calls = {saved.function_call for saved in held} if held[0].function else ()
+        found[kind] = HeldByKind(len(calls or names), sum(saved.nbytes for saved in held), names if calls else ())
+    return dict(sorted(found.items(), key=lambda item: -item[1].nbytes))
 
 
 def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     module = layer.module
     sparse = module if isinstance(module, SWATLayer) else None
+    sparsity = activation_sparsity = 0.0
+    backend, reason = "dense", layer.obstacle or layer.chosen or "sparsify_ was not called on it"
+    weight_bytes = 0
     if sparse is not None:
         sparsity, activation_sparsity = sparse.sparsity, sparse.activation_sparsity
-        backend, reason, speedup = sparse.chosen_backend
+        backend, reason = sparse.chosen_backend.backend, sparse.chosen_backend.reason
         numel, itemsize = sparse.weight.numel(), sparse.weight.element_size()
-        weight_bytes = 8 * mask_words(numel) if takes_again(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
-    else:
-        sparsity = activation_sparsity = 0.0
-        backend, speedup = "dense", None
-        reason = layer.obstacle or layer.chosen or "sparsify_ was not called on it"
-        weight_bytes = 0
-
+        weight_bytes = 8 * mask_words(numel) if retakes(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
+        weight_bytes *= 1 if calls is None else len(calls)
     dense_flops = swat_flops = dense_bytes = activation_bytes = None
     if calls is not None and isinstance(module, COUNTED):
-        macs = sum(layer_macs(module, call.input_size, call.output_size) for call in calls)
+        macs = sum(layer_macs(module, call.input.shape, call.output_size) for call in calls)
         dense_flops = training_flops(macs)
         swat_flops = training_flops(macs, sparsity, activation_sparsity)
-        saved = [(math.prod(saved_input_size(module, call.input_size)), call.itemsize) for call in calls]
-        dense_bytes = sum(numel * itemsize for numel, itemsize in saved) if _saves_input(module) else 0
-        activation_bytes = dense_bytes
-        if sparse is not None:
-            frozen = not sparse.weight.requires_grad
-            sizes = [packed_bytes(numel, activation_sparsity, itemsize) for numel, itemsize in saved]
-            activation_bytes = 0 if frozen else sum(sizes)
-            weight_bytes *= len(calls)
+        kept = [_kept_bytes(module, call) for call in calls]
+        dense_bytes, activation_bytes = sum(pair[0] for pair in kept), sum(pair[1] for pair in kept)
     return LayerReport(
         name=layer.name,
         kind=_kind(module),
         sparse=sparse is not None,
         sparsity=sparsity,
         activation_sparsity=activation_sparsity,
+        realised_sparsity=(None, None) if sparse is None else sparse.realised_sparsity,
+        steps_since_selection=(None, None) if sparse is None else sparse.steps_since_selection,
         backend=backend,
         reason=reason,
-        speedup=speedup,
         calls=None if calls is None else len(calls),
-        input_size=tuple(calls[0].input_size) if calls else None,
+        input_size=tuple(calls[0].input.shape) if calls else None,
         output_size=tuple(calls[0].output_size) if calls else None,
         dense_flops=dense_flops,
         swat_flops=swat_flops,
@@ -294,55 +356,39 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     )
 
 
-def _totals(
-    surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]] | None
-) -> tuple[float | None, float | None, int | None, int | None]:
-    if calls is None:
-        return None, None, None, None
+def _total_bytes(surveyed: list[Surveyed], calls: dict[str, list[Call]]) -> tuple[int, int]:
+    """Bytes of the inputs that all layers keep, dense and as they are: what several of them share counts once."""
     dense: dict[object, int] = {}
-    still_dense: dict[object, int] = {}
-    for layer, row in zip(surveyed, rows, strict=True):
-        if not (isinstance(layer.module, COUNTED) and _saves_input(layer.module)):
-            continue
-        for call in calls.get(layer.name, []):
-            saved = saved_input_size(layer.module, call.input_size)
-            # A padded input is a tensor of its own; any other is the one that was passed, which others may hold too.
-            key = (call.memory if saved == list(call.input_size) else object(),)
-            dense[key] = max(dense.get(key, 0), math.prod(saved) * call.itemsize)
-            if not row.sparse:
-                still_dense[key] = dense[key]
-    return (
-        sum(row.dense_flops or 0 for row in rows),
-        sum(row.swat_flops or 0 for row in rows),
-        sum(dense.values()),
-        sum(still_dense.values())
-        + sum(row.saved_bytes or 0 for row in rows if row.sparse)
-        - _shared_bytes(surveyed, rows, calls),
-    )
-
-
-def _shared_bytes(surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]]) -> int:
-    """Bytes of packed inputs that the rows count again: layers that pack one tensor alike share the copy."""
-    given = {call.tensor for call in calls.get("", ())}  # to the model, not made by it: never shared
-    seen: set[object] = set()
-    again = 0
-    for layer, row in zip(surveyed, rows, strict=True):
+    kept: dict[object, int] = {}
+    for layer in surveyed:
         module = layer.module
-        if not isinstance(module, SWATLayer) or not row.activation_bytes:
-            continue
-        for call in calls.get(layer.name, []):
-            key = (call.tensor, module.packed_form, row.activation_sparsity, module.topk_period)
-            if key in seen:
-                size = saved_input_size(module, call.input_size)
-                again += packed_bytes(math.prod(size), row.activation_sparsity, call.itemsize)
-            if call.tensor not in given:
-                seen.add(key)
-    return again
+        for call in calls[layer.name] if isinstance(module, COUNTED) else ():
+            tensor = call.input
+            # A padded input is a tensor of its own; any other is the one that was passed, which others may hold too.
+            padded = saved_input_size(module, tensor.shape) != list(tensor.shape)
+            storage = object() if padded else id(tensor.untyped_storage())
+            before, now = _kept_bytes(module, call)
+            dense[storage] = max(dense.get(storage, 0), before)
+            key: object = storage
+            if isinstance(module, SWATLayer):
+                # Layers share the packed form of what a graph made.
+                form = (id(tensor), call.version, module.packed_form, module.activation_sparsity)
+                key = form if tensor.grad_fn is not None else object()
+            kept[key] = max(kept.get(key, 0), now)
+    return sum(dense.values()), sum(kept.values())
 
 
-def _saves_input(module: nn.Module) -> bool:
-    """Whether PyTorch's layer keeps its input for backward: a convolution does even if its weight is frozen."""
-    return not isinstance(module, nn.Linear) or module.weight.requires_grad
+def _kept_bytes(module: nn.Module, call: Call) -> tuple[int, int]:
+    """What PyTorch's layer keeps of an input for the backward pass, and what this one does.
+
+    PyTorch's convolution keeps it even if its weight is frozen.
+    """
+    numel, itemsize = math.prod(saved_input_size(module, call.input.shape)), call.input.element_size()
+    frozen = not module.weight.requires_grad
+    dense = 0 if frozen and isinstance(module, nn.Linear) else numel * itemsize
+    if not isinstance(module, SWATLayer):
+        return dense, dense
+    return dense, 0 if frozen else packed_bytes(numel, module.activation_sparsity, itemsize)
 
 
 def _kind(module: nn.Module) -> str:
@@ -352,44 +398,15 @@ def _kind(module: nn.Module) -> str:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return name
     parts = [f"{name} {'x'.join(map(str, module.kernel_size))} {module.in_channels}->{module.out_channels}"]
-    for label, value, usual in (("stride", module.stride, 1), ("dilation", module.dilation, 1)):
-        if any(item != usual for item in value):
-            parts.append(f"{label} {'x'.join(map(str, value)) if len(set(value)) > 1 else value[0]}")
+    for label, value in (("/", module.stride), ("dilation ", module.dilation)):
+        if any(item != 1 for item in value):
+            parts.append(label + ("x".join(map(str, value)) if len(set(value)) > 1 else str(value[0])))
     if module.groups != 1:
         parts.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
     return ", ".join(parts)
 
 
-def _where(held: HeldByKind) -> str:
-    """How many modules, or how many calls of a function and by which modules."""
-    if not held.modules:
-        return str(held.number)
-    names = [name or "the model" for name in held.modules[:_MOST_NAMES]]
-    more = len(held.modules) - len(names)
-    return f"{held.number} call{'s' * (held.number != 1)}, by {', '.join(names)}" + (
-        f" and {more} more" if more else ""
-    )
-
-
-def _start(layer: LayerReport) -> tuple[str, str, str, str]:
-    times = f" (called {layer.calls} times)" if layer.calls is not None and layer.calls > 1 else ""
-    weight, activation = (layer.sparsity, layer.activation_sparsity) if layer.sparse else (None, None)
-    return layer.name or "(model)", layer.kind + times, human_share(weight), human_share(activation)
-
-
-def _speed(layer: LayerReport) -> str:
-    return "-" if layer.speedup is None else f"{layer.speedup:.2g}x"
-
-
-def _kernels(layer: LayerReport) -> str:
-    return f"{layer.backend}: {layer.reason}" if layer.sparse else "PyTorch's (see below)"
-
-
-def _change(before: float | None, after: float | None) -> str:
-    if not before or after is None:
-        return "-"
-    return f"{100 * (after - before) / before:+.1f}%"
-
-
-def _shape(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
+def _names(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(name or "the model" for name in names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

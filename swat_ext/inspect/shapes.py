@@ -1,119 +1,20 @@
-"""Which layers of a model meet which shapes, found without touching the model."""
+"""Copies of a model and of its arguments: without values, for a run on shapes alone, or with them."""
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "copy_model", "on_meta", "run_a_copy", "trace_calls"]
+from swat_ext.ops.torch_private import own_hooks
 
-_Result = TypeVar("_Result")
-
-_HOOK_REGISTRIES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-class Call(NamedTuple):
-    """One call of one layer.
-
-    Attributes:
-        input_size, output_size: shapes, batch included.
-        itemsize: bytes of one element of the input.
-        memory: the same number for inputs that share memory, such as one tensor that two layers read.
-        tensor: the same for inputs that are one tensor object, unchanged between the calls.
-    """
-
-    input_size: torch.Size
-    output_size: torch.Size
-    itemsize: int
-    memory: int
-    tensor: tuple[int, int]
-
-
-def trace_calls(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype | None = None) -> dict[str, list[Call]]:
-    """Run a copy of ``model`` once, in evaluation mode and without gradients, and note each call of each module.
-
-    The copy runs on the meta device, on shapes alone; only if the model cannot do that, on the values of a random
-    input. The model, its buffers, its hooks and the random state of torch stay as they were.
-
-    Args:
-        model: any module whose forward takes one tensor.
-        input_size: shape of that tensor, batch included.
-        dtype: its dtype; None means that of the first floating-point parameter.
-
-    Returns:
-        For the name of each module that was called with a tensor, its calls in order.
-
-    Raises:
-        RuntimeError: the model did not run on such an input.
-    """
-    return run_a_copy(model, input_size, dtype, _run)
-
-
-def run_a_copy(
-    model: nn.Module, input_size: Sequence[int], dtype: torch.dtype | None, run: Callable[[nn.Module, Tensor], _Result]
-) -> _Result:
-    """``run(copy, input)`` on the meta device, or if that fails on the values of a random input.
-
-    Args:
-        model, input_size, dtype: as in :func:`trace_calls`.
-        run: what to do with a copy of ``model`` and an input for it.
-
-    Raises:
-        RuntimeError: both failed; says so of ``input_size``.
-    """
-    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    device = floating[0].device if floating else torch.device("cpu")
-    dtype = dtype or (floating[0].dtype if floating else torch.float32)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            return run(copy_model(model, on_meta), torch.empty(list(input_size), dtype=dtype, device="meta"))
-        except Exception:  # on shapes alone a model may fail in any way; the second try tells
-            pass
-        try:
-            values = torch.randn(list(input_size), device=device) if dtype.is_floating_point else torch.zeros(())
-            return run(copy_model(model), values.to(device, dtype).expand(list(input_size)).contiguous())
-        except Exception as error:
-            raise RuntimeError(
-                f"input_size: the model did not run on one {dtype} tensor of shape {tuple(input_size)}: {error}"
-            ) from error
-
-
-def _run(model: nn.Module, input: Tensor) -> dict[str, list[Call]]:
-    calls: dict[str, list[Call]] = {}
-    alive: list[Tensor] = []  # inputs, so that no address stands for two of them
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            outputs = output if isinstance(output, (tuple, list)) else (output,)
-            result = next((value for value in outputs if isinstance(value, Tensor)), None)
-            if tensor is not None and result is not None:
-                alive.append(tensor)
-                memory, same = tensor.untyped_storage()._cdata, (id(tensor), tensor._version)
-                call = Call(tensor.shape, result.shape, tensor.element_size(), memory, same)
-                calls.setdefault(name, []).append(call)
-
-        return hook
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(watch(name), with_kwargs=True)
-    model.eval()
-    with torch.no_grad():
-        model(input)
-    return calls
+__all__ = ["arguments", "copy_model", "map_tensors", "on_meta", "tensors_in"]
 
 
 def on_meta(tensor: Tensor) -> Tensor:
     """A tensor of the same shape, strides and dtype without values, on the meta device; a parameter stays one."""
-    empty = torch.empty_like(tensor, device="meta")
+    empty = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -121,12 +22,43 @@ def copy_model(model: nn.Module, change: Callable[[Tensor], Tensor] | None = Non
     """A deep copy without the user's hooks, whose tensors are those that ``change`` makes of the model's."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name in _HOOK_REGISTRIES:
-            hooks = getattr(module, name)
-            # PyTorch's own hooks compute weights (weight_norm, pruning); a user's would see an input that is not there.
-            own = ((key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils"))
-            memo[id(hooks)] = OrderedDict(own)
+        memo.update(own_hooks(module))  # a user's would see an input that is not there
         if change is not None:
-            tensors = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
+            tensors = (*vars(module).values(), *module.parameters(recurse=False), *module.buffers(recurse=False))
             memo.update({id(value): change(value) for value in tensors if isinstance(value, Tensor)})
     return copy.deepcopy(model, memo)
+
+
+def arguments(name: str, given: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model, from a tensor, a tuple or list of the first or a dict of the second.
+
+    Raises:
+        TypeError: ``given``, called ``name``, is something else.
+    """
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, (tuple, list)):
+        return tuple(given), {}
+    raise TypeError(f"{name}: expected a Tensor, or a tuple or dict of arguments, got {type(given).__name__}")
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every tensor in nested tuples, lists and mappings replaced by what ``change`` makes of it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(change, item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(change, item) for item in value)
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)

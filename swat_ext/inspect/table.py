@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "human_share", "render"]
+__all__ = ["human_bytes", "human_change", "human_count", "human_share", "human_shares", "render"]
 
 
 def human_count(value: float | None) -> str:
@@ -18,6 +18,16 @@ def human_bytes(value: float | None) -> str:
 def human_share(value: float | None) -> str:
     """A fraction in percent: ``0.9`` is ``90%``, ``0.955`` is ``95.5%``; ``-`` for None."""
     return "-" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "%"
+
+
+def human_shares(pair: tuple[float | None, float | None]) -> str:
+    """Two fractions in percent: ``90/95.5%``; ``-`` where not known."""
+    return "/".join(human_share(share).rstrip("%") for share in pair) + "%" if pair != (None, None) else "-"
+
+
+def human_change(before: float | None, after: float | None) -> str:
+    """How much more ``after`` is, in percent: ``-84.1%``; ``-`` where not known."""
+    return "-" if not before or after is None else f"{100 * (after - before) / before:+.1f}%"
 
 
 def _scaled(value: float | None, base: float, units: Sequence[str]) -> str:

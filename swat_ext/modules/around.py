@@ -42,6 +42,5 @@ def become_around(module: nn.Module, batchnorm: str) -> None:
 def become_plain(module: nn.Module) -> None:
     """Undo :func:`become_around`; a module of another kind stays as it is."""
     if is_around_form(module):
-        for name in ("_saved", "_rectifies"):
-            module.__dict__.pop(name, None)
+        module.__dict__.pop("_saved", None)
         module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swat_ext.ops.arguments import int_pair
 from swat_ext.ops.calls import transformed
+from swat_ext.ops.geometry import int_pair
 from swat_ext.ops.layout import is_channels_last, memory_format
 
 __all__ = ["SWATAvgPool2d"]

@@ -1,15 +1,12 @@
 """A batch normalisation that is fast in channels_last, and may keep a quarter of its input for the backward pass."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
-from swat_ext.modules.rectified import rectified_output
 from swat_ext.ops.around import batch_norm, has_kernels, normalises_with
-from swat_ext.topology.sharing import has_identity
 
 __all__ = ["SWATBatchNorm2d"]
 
@@ -23,10 +20,6 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     channel's largest ``|h|``, a quarter of the bytes, rounded up or down at random so that the gradients of weight and
     bias stay unbiased. The random numbers depend on ``num_batches_tracked``, the position and the statistics alone: the
     same step gives the same bits, on any number of threads, though not on another instruction set or device.
-
-    Where :func:`swat_ext.sparsify_` finds that a ReLU alone reads the output, the layer computes that too while it
-    learns, unless it has hooks. What it returns then is a :class:`torch.Tensor` that gives its ReLU the rectified
-    values, and everything else that should read it, the plain ones, which are computed for it.
 
     For ``[N, C, H, W]`` in float32 and float64, and in bfloat16 and float16 on CUDA, where weights may be float32.
     Elsewhere, in evaluation with running statistics, and where weight and input differ otherwise, it is PyTorch's own.
@@ -43,8 +36,6 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
     dense_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
 
     _saved: str = "exact"
-    # Set by sparsify_ where a ReLU alone seems to read the output.
-    _rectifies: bool = False
 
     def __init__(self, *args: Any, saved: str = "exact", **keywords: Any) -> None:
         check_batchnorm("saved", saved)
@@ -71,33 +62,13 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         leaves = (input, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
         saved = self._saved if learns else "exact"
-        rectify = self._rectifies and learns and self._may_rectify(input)
         output, mean, _, variance, *_ = batch_norm(
-            input, self.weight, self.bias, self.eps, saved, self.num_batches_tracked, rectify
+            input, self.weight, self.bias, self.eps, saved, self.num_batches_tracked
         )
         if tracks:
             self._track(mean, variance)
-        if rectify:
-            return rectified_output(output, self._alone(saved), *leaves)
-        return output
-
-    def _alone(self, saved: str) -> Callable[..., Tensor]:
-        """This call's normalisation without the ReLU, as a function of input, weight and bias."""
-        eps = self.eps
-        # The count goes on with the next step; it matters to random rounding alone.
-        seed = self.num_batches_tracked.clone() if saved == "int8" and self.num_batches_tracked is not None else None
-
-        def normalise(*leaves: Tensor | None) -> Tensor:
-            output: Tensor = batch_norm(*leaves, eps, saved, seed, False)[0]
-            return output
-
-        return normalise
-
-    def _may_rectify(self, input: Tensor) -> bool:
-        """Whether this call may compute the ReLU too: not while it is traced, and not for hooks, which look first."""
-        # A library's own hooks look at what is saved, not at the output.
-        watched = not all(_is_own(hook) for hook in self._forward_hooks.values())
-        return has_identity(input) and not (watched or self._backward_hooks or self._backward_pre_hooks)
+        result: Tensor = output
+        return result
 
     def _has_kernels(self, input: Tensor) -> bool:
         """Whether this is a call for our kernels; all others, wrong ones among them, are PyTorch's."""
@@ -129,7 +100,3 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, saved={self._saved!r}"
-
-
-def _is_own(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("swat_ext.")

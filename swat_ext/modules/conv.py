@@ -32,7 +32,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named; in forward, an input that does not.
-        NotImplementedError: second derivatives.
+        RuntimeError: second derivatives.
     """
 
     dense_class = nn.Conv2d
@@ -82,16 +82,17 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = pad_by_index(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
-        batched = input if input.dim() == 4 else input.unsqueeze(0)
-        geometry: Any = (self.stride, padding, self.dilation, self.groups)
         return conv2d_packed(
             input,
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(input, source),
-            *geometry,
-            backend=self._backend_for(batched, *geometry),
+            self._select_activation(source, input.detach()),
+            self.stride,  # type: ignore[arg-type]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            backend=self._choice.backend,
             from_weight=True,
         )
 

@@ -26,7 +26,7 @@ class SWATLinear(SWATLayer, nn.Linear):
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named; in forward, an input that does not.
-        NotImplementedError: second derivatives.
+        RuntimeError: second derivatives.
     """
 
     dense_class = nn.Linear
@@ -54,14 +54,13 @@ class SWATLinear(SWATLayer, nn.Linear):
         if input.device.type == "meta":
             return super().forward(input)  # no values to select from: shapes alone
         source, input = input, autocast_input(input)
-        view = linear_input_view(input)
         return linear_packed(
             input,
             self.weight,
             self.bias,
             self._select_weight(),
-            self._select_activation(view, source),
-            backend=self._backend_for(view),
+            self._select_activation(source, linear_input_view(input.detach())),
+            backend=self._choice.backend,
             from_weight=True,
         )
 

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swat_ext.ops.arguments import int_pair
 from swat_ext.ops.around import has_kernels, max_pool2d, pooled_size
+from swat_ext.ops.geometry import int_pair
 
 __all__ = ["SWATMaxPool2d"]
 

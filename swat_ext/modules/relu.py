@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from swat_ext.modules.rectified import RectifiedOutput
 from swat_ext.ops.around import has_kernels, relu, relu_
 
 __all__ = ["SWATReLU"]
@@ -17,8 +16,6 @@ __all__ = ["SWATReLU"]
 
 class SWATReLU(nn.ReLU):
     """:class:`torch.nn.ReLU` in results and gradients, bit for bit; saves ``numel / 8`` bytes and not its output.
-
-    After a :class:`swat_ext.SWATBatchNorm2d` that rectifies its output itself, nothing is left to do.
 
     For float32 and float64, and for bfloat16 and float16 on CUDA. Elsewhere, and where no gradient is asked for, it is
     PyTorch's own.
@@ -30,9 +27,6 @@ class SWATReLU(nn.ReLU):
     dense_class: ClassVar[type[nn.Module]] = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, RectifiedOutput):
-            rectified = input.take_rectified(self.inplace)
-            return input.read(self.forward) if rectified is None else rectified
         if not (has_kernels(input) and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         # A compiled graph has no use for in-place operations: the compiler plans the memory itself.

@@ -7,18 +7,13 @@ import torch
 from torch import Tensor
 
 from swat_ext import _C
-from swat_ext.ops.layout import is_channels_last
 
 __all__ = [
     "HAS_CUDA",
     "HOW_TO_BUILD_CUDA",
-    "IntPair",
     "as_threshold",
     "check_like",
     "check_tensor",
-    "int_pair",
-    "padding_of_sides",
-    "prefers_channels_last",
     "supported_dtypes",
 ]
 
@@ -29,8 +24,6 @@ HOW_TO_BUILD_CUDA = (
     "this build of swat_ext has no CUDA kernels; where torch has CUDA and nvcc is on the PATH, run "
     '"SWAT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ." in its sources'
 )
-
-IntPair = int | tuple[int, int] | list[int]
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -87,40 +80,3 @@ def as_threshold(name: str, threshold: float | Tensor, like: Tensor) -> Tensor:
     if not threshold >= 0:  # nor NaN
         raise ValueError(f"{name}: expected at least 0, got {threshold}")
     return torch.full((), threshold, dtype=like.dtype, device=like.device)
-
-
-def int_pair(name: str, value: IntPair, least: int) -> list[int]:
-    """One integer or two, each at least ``least``, as ``[rows, columns]``."""
-    if type(value) is tuple and len(value) == 2 and all(type(item) is int and item >= least for item in value):
-        return list(value)
-    pair = list(value) if isinstance(value, (tuple, list)) else [value]
-    # Sizes being traced are torch.SymInt.
-    if not all(isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool) for item in pair):
-        raise TypeError(f"{name}: expected one or two integers, got {value!r}")
-    if len(pair) == 1:
-        pair = pair * 2
-    if len(pair) != 2:
-        raise ValueError(f"{name}: expected one or two integers, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-    return pair
-
-
-def padding_of_sides(padding: str | IntPair, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
-    """Padding as ``[top, bottom, left, right]``."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return [0, 0, 0, 0]
-        if padding != "same":
-            raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
-        if stride != [1, 1]:
-            raise ValueError(f"padding: 'same' needs stride 1, got stride {tuple(stride)}")
-        total = [dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
-        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
-    rows, columns = int_pair("padding", padding, 0)
-    return [rows, rows, columns, columns]
-
-
-def prefers_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """PyTorch's rule for a convolution's layout: channels_last if an argument is that and not also contiguous."""
-    return is_channels_last(input) or is_channels_last(weight)

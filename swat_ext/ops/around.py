@@ -142,8 +142,7 @@ def _(
     eps: float,
     saved: str,
     seed: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels, channels_last = input.shape[1], is_channels_last(input)
     statistics = [input.new_empty([channels], dtype=torch.float64) for _ in range(3)]
     code_dtype = _CODE_DTYPES.get(saved)
@@ -153,7 +152,6 @@ def _(
         *statistics,  # type: ignore[return-value]
         codes,
         input.new_empty([channels if saved == "int8" else 0], dtype=_wide(input.dtype)),
-        _fake_bits(input) if relu else input.new_empty([0], dtype=torch.int64),
     )
 
 
@@ -165,10 +163,7 @@ def _(
     mean: Tensor,
     invstd: Tensor,
     weight: Tensor | None,
-    relu_mask: Tensor | None,
     saved_as: str,
-    bias: Tensor | None = None,
-    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = saved.shape[1]
     grad_input = empty(grad_output, saved.shape, is_channels_last(saved))
@@ -177,33 +172,21 @@ def _(
 
 
 def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, weight, bias, _, saved, _, relu = inputs
-    _, mean, invstd, variance, codes, scale, mask = output
-    finds_sign = saved == "exact"
+    input, weight, _, _, saved, _ = inputs
+    _, mean, invstd, variance, codes, scale = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, invstd, variance, codes, scale, mask)
-    ctx.save_for_backward(
-        input if saved == "exact" else codes,
-        scale if saved == "int8" else None,
-        mean,
-        invstd,
-        weight,
-        # From the exact input the kernels find the ReLU's sign again.
-        mask if relu and not finds_sign else None,
-        bias if relu and finds_sign else None,
-    )
+    ctx.mark_non_differentiable(mean, invstd, variance, codes, scale)
+    kept = (input, None) if saved == "exact" else (codes, scale if saved == "int8" else None)
+    ctx.save_for_backward(*kept, mean, invstd, weight)
     ctx.saved_as = saved
-    ctx.relu = relu
 
 
 def _norm_grad(ctx, grad_output: Tensor | None, *_: object):  # type: ignore[no-untyped-def]
     if grad_output is None:
-        return (None,) * 7
-    *saved, bias = ctx.saved_tensors
-    backward = torch.ops.swat_ext.batch_norm_backward
-    grads = gradient(backward, grad_output, *saved, ctx.saved_as, bias, ctx.relu)
+        return (None,) * 6
+    grads = gradient(torch.ops.swat_ext.batch_norm_backward, grad_output, *ctx.saved_tensors, ctx.saved_as)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None, None)
+    return (*wanted, None, None, None)
 
 
 batch_norm = with_gradient("batch_norm", _save_norm, _norm_grad)

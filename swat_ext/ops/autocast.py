@@ -1,14 +1,11 @@
 """What ``torch.autocast`` means for a sparse layer: results in its dtype, as PyTorch's own layers have."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cast", "autocast_call", "autocast_input", "autocast_of"]
-
-PackedTensor = Any  # functional.Packed, which that module defines over this one
+__all__ = ["Cast", "autocast_input", "autocast_of"]
 
 
 class Cast(NamedTuple):
@@ -36,32 +33,3 @@ def autocast_input(input: Tensor) -> Tensor:
     """``input`` in the dtype that is selected, packed and computed in: not always its own under autocast."""
     cast = autocast_of(input)
     return input if cast is None else input.to(cast.compute)
-
-
-def autocast_call(
-    function: Callable[..., Tensor],
-    cast: Cast,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed_weight: PackedTensor,
-    packed_input: PackedTensor | None,
-    *arguments: object,
-    **keywords: object,
-) -> Tensor:
-    """``function`` with everything cast, and autocast off so that it does not cast once more."""
-
-    def packed(tensor: PackedTensor) -> PackedTensor:
-        return tensor._replace(values=tensor.values.to(cast.compute))
-
-    with torch.autocast(input.device.type, enabled=False):
-        output = function(
-            input.to(cast.compute),
-            weight.to(cast.compute),
-            None if bias is None else bias.to(cast.compute),
-            packed(packed_weight),
-            None if packed_input is None else packed(packed_input),
-            *arguments,
-            **keywords,
-        )
-        return output.to(cast.result)

@@ -2,7 +2,7 @@
 
 from swat_ext.training.engine import Diverged, Trainer, evaluate
 from swat_ext.training.files import CHECKPOINT, LOG, load_checkpoint, save_checkpoint, write_log
-from swat_ext.training.recipe import RECIPES, Recipe, build_lr_scheduler, build_optimizer, recipe_for
+from swat_ext.training.recipe import RECIPES, Recipe, build_optimizer, recipe_for
 
 __all__ = [
     "CHECKPOINT",
@@ -11,7 +11,6 @@ __all__ = [
     "Diverged",
     "Recipe",
     "Trainer",
-    "build_lr_scheduler",
     "build_optimizer",
     "evaluate",
     "load_checkpoint",

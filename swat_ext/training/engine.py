@@ -16,7 +16,7 @@ from swat_ext.data.extras import require
 from swat_ext.modules import SWATLayer
 from swat_ext.scheduler import SWATScheduler
 from swat_ext.training.files import CHECKPOINT, LOG, save_checkpoint, write_log
-from swat_ext.training.recipe import Recipe, build_lr_scheduler, build_optimizer
+from swat_ext.training.recipe import Recipe, build_optimizer
 
 __all__ = ["Diverged", "Trainer", "evaluate"]
 
@@ -127,7 +127,6 @@ class Trainer:
         self.memory_format, self.workers, self.progress, self.on_step = memory_format, workers, progress, on_step
         self.steps_per_epoch = data.train_steps(recipe.batch_size)
         self.optimizer = build_optimizer(model, recipe)
-        self.lr_scheduler = build_lr_scheduler(self.optimizer, recipe, self.steps_per_epoch)
         self.sparse_layers = [module for module in model.modules() if isinstance(module, SWATLayer)]
         self.swat = SWATScheduler(model, self.optimizer) if self.sparse_layers else None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
@@ -141,13 +140,13 @@ class Trainer:
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
             "swat": None if self.swat is None else self.swat.state_dict(),
             "rng": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, which :meth:`state_dict` made of a run with the same settings.
+        """Go on from ``state``, which :meth:`state_dict` made of a run with the same settings; ``recipe.epochs`` may
+        differ.
 
         Raises:
             ValueError: it is the state of another kind of run.
@@ -157,7 +156,6 @@ class Trainer:
             raise ValueError(f"state: expected that of a {expected} run, got that of a {got} one")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.swat is not None:
             self.swat.load_state_dict(state["swat"])
         self.history = list(state["history"])
@@ -171,7 +169,7 @@ class Trainer:
         """
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._write_log()
+            self._save()
         while len(self.history) < self.recipe.epochs:
             epoch = len(self.history)
             started = time.perf_counter()
@@ -186,15 +184,16 @@ class Trainer:
             record["seconds"] = round(time.perf_counter() - started, 3)
             self.history.append(record)
             if self.out is not None:
-                # The checkpoint first: on a kill between the two, resuming writes the log again from the checkpoint.
-                save_checkpoint(self.out / CHECKPOINT, self.state_dict())
-                self._write_log()
+                self._save()
             if self.progress:
                 print(_line(record, self.recipe.epochs), flush=True)
         return self.history
 
-    def _write_log(self) -> None:
+    def _save(self) -> None:
         assert self.out is not None
+        # The checkpoint first: on a kill between the two, resuming writes the log again from the checkpoint.
+        if self.history:
+            save_checkpoint(self.out / CHECKPOINT, self.state_dict())
         write_log(self.out / LOG, [{"config": self.settings}, *self.history])
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -207,7 +206,9 @@ class Trainer:
         with _mode(self.model, True), _progress(self.progress, self.steps_per_epoch, description) as bar:
             for step, batch in enumerate(batches):
                 images, labels = _to(batch, self.memory_format)
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = self.recipe.lr_at(self.steps_per_epoch * epoch + step, self.steps_per_epoch)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
                 started = time.perf_counter()
                 loss, outputs = self._step(images, labels)
                 times.append(time.perf_counter() - started)
@@ -238,7 +239,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.lr_scheduler.step()
         return loss.detach(), outputs.detach()
 
 

@@ -1,12 +1,10 @@
 """The demo's picture: curves of both runs, and one bar for each figure of the table."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swat_ext.data.extras import require
-
-if TYPE_CHECKING:
-    from swat_ext.demo import Comparison, Outcome
+from swat_ext.training.comparison import Comparison, Outcome
 
 __all__ = ["draw"]
 
@@ -43,7 +41,7 @@ def _smooth(values: list[float], reach: int) -> list[float]:
     return smooth
 
 
-def _losses(axes: Any, runs: "tuple[tuple[Outcome, str], ...]") -> None:
+def _losses(axes: Any, runs: tuple[tuple[Outcome, str], ...]) -> None:
     curves = [_smooth(run.losses, len(run.losses) // 40) for run, _ in runs]
     top = max(max(curve) for curve in curves)
     for (run, colour), curve in zip(runs, curves, strict=True):
@@ -56,7 +54,7 @@ def _losses(axes: Any, runs: "tuple[tuple[Outcome, str], ...]") -> None:
     axes.legend(frameon=False, loc="best")
 
 
-def _accuracies(axes: Any, runs: "tuple[tuple[Outcome, str], ...]") -> None:
+def _accuracies(axes: Any, runs: tuple[tuple[Outcome, str], ...]) -> None:
     for run, colour in runs:
         percent = [100 * accuracy for accuracy in run.test_accuracies]
         axes.plot(run.seconds, percent, color=colour, linewidth=2.2, marker="o", markersize=4.5, label=run.name)
@@ -91,7 +89,7 @@ def _bars(axes: Any, label: str, values: tuple[float, float], texts: tuple[str, 
     axes.spines[["bottom", "left"]].set_visible(False)
 
 
-def draw(result: "Comparison", path: Path) -> None:
+def draw(result: Comparison, path: Path) -> None:
     """Draw ``result`` to ``path``, a PNG.
 
     Raises:

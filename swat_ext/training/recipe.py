@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-__all__ = ["RECIPES", "Recipe", "build_lr_scheduler", "build_optimizer", "recipe_for"]
+__all__ = ["RECIPES", "Recipe", "build_optimizer", "recipe_for"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ class Recipe:
         # A milestone scaled to a fraction of an epoch may miss its step by a rounding error.
         return self.decay ** sum(epoch >= milestone - 1e-6 for milestone in self.milestones)
 
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of optimizer step ``step``, the first being 0."""
+        epoch = step / steps_per_epoch
+        # In a warm-up, a step trains at the rate of its end: the first one at rate 0 would be lost.
+        return self.lr * self.lr_factor((step + 1) / steps_per_epoch if epoch < self.warmup_epochs else epoch)
+
 
 RECIPES: dict[str, Recipe] = {
     "cifar": Recipe(epochs=150, batch_size=128, lr=0.1, milestones=(50, 100)),
@@ -133,16 +139,3 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(
         [group for group in groups if group["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
     )
-
-
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler to step after every optimizer step; the first step of a warm-up is already above 0."""
-
-    def factor(step: int) -> float:
-        # In a warm-up, step 0 trains at the rate of the end of that step: a step at rate 0 would be lost.
-        epoch = step / steps_per_epoch
-        return recipe.lr_factor((step + 1) / steps_per_epoch if epoch < recipe.warmup_epochs else epoch)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

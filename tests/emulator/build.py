@@ -5,6 +5,7 @@ for CUDA. What this cannot show: memory order between blocks that run at the sam
 """
 
 import concurrent.futures
+import fcntl
 import os
 import runpy
 import shlex
@@ -21,13 +22,23 @@ _TARGET = "0x020b000000000000"
 
 
 def load() -> None:
-    """Build what changed and register the operators; raises RuntimeError with the compiler's words if that fails."""
+    """Build what changed and register the operators; raises RuntimeError with the compiler's words if that fails.
+
+    Processes that call it at the same time wait for the one that builds.
+    """
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    with (_BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _build()
+    torch.ops.load_library(str(library))
+
+
+def _build() -> Path:
     sources = runpy.run_path(str(_CSRC / "sources.py"))
     files = [_CSRC / name for name in (*sources["CUDA_KERNELS"], *sources["CUDA_OPS"], "ops/schemas.cpp")]
     files += [_HERE / "cuda_emulator.cpp", _HERE / "look_back.cpp"]
     headers = [path for folder in (_CSRC, _HERE) for path in folder.rglob("*.*h")]
     newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
-    _BUILD.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = [
         "-std=c++20",
@@ -61,4 +72,4 @@ def load() -> None:
     if not library.exists() or any(library.stat().st_mtime < path.stat().st_mtime for path in objects):
         paths = [f"-L{path}" for path in library_paths()]
         run([*compiler, "-shared", *map(str, objects), *paths, "-ltorch", "-ltorch_cpu", "-o", str(library)])
-    torch.ops.load_library(str(library))
+    return library

@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 namespace swat::cpu {
@@ -78,8 +77,7 @@ BatchNormShape batch_norm_shape(int64_t batch, int64_t channels, int64_t pixels,
   const int64_t numel = shape.numel();
   shape.line = shape.channels_last ? channels : pixels;
   shape.lines = shape.line == 0 ? 0 : numel / shape.line;
-  const int64_t aligned = 64 / std::gcd<int64_t>(64, std::max<int64_t>(1, shape.line));
-  shape.block_lines = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, aligned * shape.line)) * aligned;
+  shape.block_lines = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, shape.line));
   if (shape.channels_last) {
     shape.parts = std::clamp<int64_t>(numel / kPartElements, 1, kMostParts);
     shape.chunk = std::max<int64_t>(1, channels);
@@ -160,7 +158,6 @@ void batch_norm(const KernelTable& table, const Parallel& parallel, const BatchN
   params.keys = keys.data();
   params.output = to.output;
   params.codes = to.codes;
-  params.words = to.words;
   parallel(shape.blocks(), kGrainBlocks,
            [&](int64_t begin, int64_t end) { kernels.batch_norm_normalise(params, begin, end); });
 }
@@ -182,14 +179,6 @@ void batch_norm_backward(const KernelTable& table, const Parallel& parallel, con
   params.input = exact ? static_cast<const T*>(from.values) : nullptr;
   params.saved_codes = from.values;
   params.grad_output = grad_output;
-  params.mask = from.mask;
-  Affine<T> affine(from.rectified ? channels : 0);
-  if (from.rectified) {
-    for (int64_t c = 0; c < channels; ++c) affine.set(c, from.mean[c], from.invstd[c], from.weight, from.bias);
-    params.relu_center = affine.center.data();
-    params.relu_factor = affine.factor.data();
-    params.relu_offset = affine.offset.data();
-  }
   params.shift = shift.data();
   params.sums = sums.data();
   params.products = products.data();

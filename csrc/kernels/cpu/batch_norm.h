@@ -16,10 +16,9 @@ struct BatchNormResult {
   double *mean, *invstd, *variance;  // the variance with the divisor count - 1
   void* codes;                       // unless exact
   T* scale;                          // int8: the unit of the codes
-  uint64_t* words;                   // null: no ReLU
 };
 
-// output = (input - mean) / sqrt(variance + eps) * weight + bias, then a ReLU where there are `words`; weight and bias may be null.
+// output = (input - mean) / sqrt(variance + eps) * weight + bias; weight and bias may be null.
 template <typename T>
 void batch_norm(const KernelTable& table, const Parallel& parallel, const BatchNormShape& shape, const T* input,
                 const T* weight, const T* bias, double eps, Saved saved, int64_t seed, const BatchNormResult<T>& to);
@@ -31,9 +30,7 @@ struct BatchNormSaved {
   const void* values;  // the input or its codes
   const T* scale;      // int8
   const double *mean, *invstd;
-  const T *weight, *bias;  // may be null; the bias is read only if `rectified`
-  const uint64_t* mask;    // of the ReLU; null: there was none, or
-  bool rectified;          // its sign is found again from the exact input
+  const T* weight;  // may be null
 };
 
 template <typename T>

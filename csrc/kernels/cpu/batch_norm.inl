@@ -148,28 +148,6 @@ void add_extremes_plane(const T* x, int64_t pixels, T* least, T* greatest) {
 
 // ---- What the backward pass reads -------------------------------------------------------------------------------------------
 
-// output = grad where its bit is set, else 0, for `count` elements whose bits start anywhere.
-template <typename T>
-void mask_run(const T* grad, const uint64_t* words, int64_t bit, int64_t count, T* output) {
-  constexpr int kN = kLanes<T>;
-  const uint64_t* word = words + bit / 64;
-  const int by = static_cast<int>(bit % 64);
-  int64_t i = 0;
-  for (; i + 64 <= count; i += 64, ++word) {
-    const uint64_t bits = by == 0 ? *word : word[0] >> by | word[1] << (64 - by);
-    for (int k = 0; k < 64; k += kN) {
-      store_unaligned<T>(output + i + k, where_bits<T>(load_unaligned(grad + i + k), static_cast<uint32_t>(bits >> k)));
-    }
-  }
-  for (; i + kN <= count; i += kN) {
-    const uint64_t at = bit + i;
-    uint64_t bits = words[at / 64] >> (at % 64);
-    if (at % 64 + kN > 64) bits |= words[at / 64 + 1] << (64 - at % 64);
-    store_unaligned<T>(output + i, where_bits<T>(load_unaligned(grad + i), static_cast<uint32_t>(bits)));
-  }
-  for (; i < count; ++i) output[i] = words[(bit + i) / 64] >> ((bit + i) % 64) & 1 ? grad[i] : T{0};
-}
-
 // The saved values of `count` elements from `begin`: where they lie, or read from their codes into `scratch`.
 template <typename T>
 const T* saved_run(const BatchNormParams<T>& params, int64_t begin, int64_t count, T* scratch) {
@@ -183,44 +161,6 @@ const T* saved_run(const BatchNormParams<T>& params, int64_t begin, int64_t coun
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) scratch[i] = std::bit_cast<float>(static_cast<uint32_t>(codes[i]) << 16);
   }
-  return scratch;
-}
-
-// output = grad where the ReLU let pass what batch_norm_normalise computed, else 0, for `count` elements from `begin`.
-template <typename T>
-void rectify_run(const BatchNormParams<T>& params, int64_t begin, int64_t count, T* output) {
-  const BatchNormShape& shape = params.shape;
-  const T *center = params.relu_center, *factor = params.relu_factor, *offset = params.relu_offset;
-  for (int64_t done = 0; done < count;) {
-    const int64_t within = (begin + done) % shape.line, step = std::min(count - done, shape.line - within);
-    const T *x = params.input + begin + done, *grad = params.grad_output + begin + done;
-    T* out = output + done;
-    auto each = [&](auto at) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < step; ++i) {
-        const T y = (x[i] - center[at(i)]) * factor[at(i)] + offset[at(i)];
-        out[i] = y <= 0 ? T{0} : grad[i];
-      }
-    };
-    if (shape.channels_last) {
-      each([within](int64_t i) { return within + i; });
-    } else {
-      const int64_t c = (begin + done) / shape.line % shape.channels;
-      each([c](int64_t) { return c; });
-    }
-    done += step;
-  }
-}
-
-// The gradient of `count` elements from `begin`: where it lies, or masked into `scratch`.
-template <typename T>
-const T* grad_run(const BatchNormParams<T>& params, int64_t begin, int64_t count, T* scratch) {
-  if (params.relu_factor != nullptr) {
-    rectify_run(params, begin, count, scratch);
-    return scratch;
-  }
-  if (params.mask == nullptr) return params.grad_output + begin;
-  mask_run(params.grad_output + begin, params.mask, begin, count, scratch);
   return scratch;
 }
 
@@ -285,30 +225,28 @@ void batch_norm_statistics(const BatchNormParams<T>& params, int64_t begin, int6
 // Elements of scratch that one thread's batch_norm_sums or batch_norm_input_grad needs.
 template <typename T>
 int64_t batch_norm_scratch(const BatchNormShape& shape) {
-  return 2 * std::max({kBatchNormRun, kLeastRows * shape.channels, shape.block_lines * shape.line});
+  return std::max({kBatchNormRun, kLeastRows * shape.channels, shape.block_lines * shape.line});
 }
 
 // sums of the gradient and products with saved - shift, for tasks [begin, end).
 template <typename T>
 void batch_norm_sums(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch) {
   const int64_t channels = params.shape.channels;
-  T* const other = scratch + batch_norm_scratch<T>(params.shape) / 2;
   for (int64_t task = begin; task < end; ++task) {
     for_each_run(
         params.shape, task,
         [&](int64_t part, int64_t row, int64_t rows) {
           const int64_t count = rows * channels;
-          if (params.mask == nullptr && params.relu_factor == nullptr)
-            prefetch_run(params.grad_output + row * channels + count, count);
+          const T* grad = params.grad_output + row * channels;
+          prefetch_run(grad + count, count);
           if (params.saved == Saved::exact) prefetch_run(params.input + row * channels + count, count);
-          const T* grad = grad_run(params, row * channels, rows * channels, scratch);
-          const T* saved = saved_run(params, row * channels, rows * channels, other);
+          const T* saved = saved_run(params, row * channels, count, scratch);
           const int64_t at = part * channels;
           add_rows<false>(saved, grad, rows, channels, params.shift, params.sums + at, params.products + at);
         },
         [&](int64_t part, int64_t c, int64_t planes, int64_t first, int64_t count) {
-          const T* grad = grad_run(params, first, planes * count, scratch);
-          const T* saved = saved_run(params, first, planes * count, other);
+          const T* grad = params.grad_output + first;
+          const T* saved = saved_run(params, first, planes * count, scratch);
           for (int64_t i = 0; i < planes; ++i) {
             const int64_t at = part * channels + c + i;
             add_plane<false>(saved + i * count, grad + i * count, count, params.shift[c + i], params.sums + at,
@@ -359,7 +297,7 @@ inline void for_each_line(const BatchNormShape& shape, int64_t block, F&& f) {
   }
 }
 
-// output, codes and the bits of a ReLU, for blocks [begin, end).
+// output and codes, for blocks [begin, end).
 template <typename T>
 void batch_norm_normalise(const BatchNormParams<T>& params, int64_t begin, int64_t end) {
   const BatchNormShape& shape = params.shape;
@@ -391,11 +329,6 @@ void batch_norm_normalise(const BatchNormParams<T>& params, int64_t begin, int64
         }
       }
     });
-    if (params.words != nullptr) {
-      const int64_t first = block * shape.block_lines * line / 64;
-      const int64_t last = std::min(shape.numel(), (block + 1) * shape.block_lines * line);
-      relu_words(params.output, shape.numel(), first, ceil_div(last, 64), params.output, params.words);
-    }
   }
 }
 
@@ -403,14 +336,12 @@ void batch_norm_normalise(const BatchNormParams<T>& params, int64_t begin, int64
 template <typename T>
 void batch_norm_input_grad(const BatchNormParams<T>& params, int64_t begin, int64_t end, T* scratch) {
   const BatchNormShape& shape = params.shape;
-  T* const other = scratch + batch_norm_scratch<T>(shape) / 2;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * shape.block_lines * shape.line;
     const int64_t count = std::min(shape.numel() - start, shape.block_lines * shape.line);
-    const T* const grads = grad_run(params, start, count, scratch);
-    const T* const values = saved_run(params, start, count, other);
+    const T* const values = saved_run(params, start, count, scratch);
     for_each_line(shape, block, [&](int64_t first, auto at) {
-      const T *grad = grads + (first - start), *value = values + (first - start);
+      const T *grad = params.grad_output + first, *value = values + (first - start);
       const T *center = params.center, *slope = params.slope, *grade = params.grade, *offset = params.offset;
       T* out = params.output + first;
 #pragma GCC ivdep

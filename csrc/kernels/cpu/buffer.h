@@ -6,8 +6,6 @@
 #include <memory>
 #include <new>
 
-#include "block_cache.h"
-
 namespace swat::cpu {
 
 template <typename T>
@@ -24,25 +22,14 @@ class Buffer {
     if (count <= capacity_) return;
     data_.reset();
     capacity_ = 0;
-    const size_t bytes = count * sizeof(T);
-    BlockCache* const cache = bytes < BlockCache::kLeastBytes ? nullptr : BlockCache::shared();
-    void* const data = cache ? cache->allocate(bytes) : ::operator new(bytes, kAlignment);
-    if (data == nullptr) throw std::bad_alloc();
-    data_ = {static_cast<T*>(data), Free{cache}};
+    data_.reset(static_cast<T*>(::operator new(count * sizeof(T), kAlignment)));
     capacity_ = count;
   }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Free {
-    BlockCache* cache = nullptr;
-    void operator()(T* p) const {
-      if (cache) {
-        cache->free(p);
-      } else {
-        ::operator delete(p, kAlignment);
-      }
-    }
+    void operator()(T* p) const { ::operator delete(p, kAlignment); }
   };
   std::unique_ptr<T, Free> data_;
   int64_t capacity_ = 0;

@@ -18,7 +18,7 @@ struct BatchNormShape {
   bool channels_last;
   // How the work is cut, by the sizes alone, so that results never depend on threads.
   int64_t lines, line;   // lines of `line` elements: the pixels of the batch, or its planes
-  int64_t block_lines;   // whole words of a bit mask
+  int64_t block_lines;   // lines of one block of elements
   int64_t parts, chunk;  // of the sums: parts of the lines (samples, if planes) summed apart; channels of one task
 
   int64_t numel() const { return batch * channels * pixels; }
@@ -33,11 +33,8 @@ template <typename T>
 struct BatchNormParams {
   BatchNormShape shape;
   Saved saved;
-  const T* input;        // null in a backward pass from codes
-  const T* grad_output;  // backward
-  const uint64_t* mask;  // backward: where the gradient passes; null: everywhere,
-  // or where (input - relu_center) * relu_factor + relu_offset, the output as it was computed, is not below or at zero.
-  const T *relu_center, *relu_factor, *relu_offset;
+  const T* input;           // null in a backward pass from codes
+  const T* grad_output;     // backward
   const void* saved_codes;  // backward
 
   const double* shift;       // subtracted before summing
@@ -50,7 +47,6 @@ struct BatchNormParams {
   const T *slope, *grade;  // grad_input = grad * slope + (saved - center) * grade + offset
   T* output;               // output, or grad_input
   void* codes;
-  uint64_t* words;  // forward, ReLU: where the gradient will pass; null: no ReLU
 };
 
 // ---- Max pooling ------------------------------------------------------------------------------------------------------------

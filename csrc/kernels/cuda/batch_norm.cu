@@ -97,29 +97,18 @@ __global__ void __launch_bounds__(kNormThreads)
 template <typename T, Saved kSaved>
 __global__ void __launch_bounds__(kNormThreads)
     normalise(BatchNormParams<T> p, int64_t numel, const Coefficients<T>* coefficients) {
-  for_each_element(p.shape, numel, [&](int64_t index, int channel, bool inside) {
-    Compute<T> y = 0;
-    if (inside) {
-      const Coefficients<T>& by = coefficients[channel];
-      const Compute<T> v = by.output.centred(p.input[index]);
-      y = by.output.of_centred(v);
-      if constexpr (kSaved == Saved::bf16) {
-        static_cast<BFloat16*>(p.codes)[index] =
-            store<BFloat16>(static_cast<float>(v * by.code_factor + by.code_offset));
-      } else if constexpr (kSaved == Saved::int8) {
-        const Compute<T> code =
-            std::floor(v * by.code_factor + by.code_offset + random_fraction(static_cast<uint32_t>(index), by.key));
-        // So written that NaN becomes a number.
-        static_cast<int8_t*>(p.codes)[index] = static_cast<int8_t>(!(code > -127) ? -127 : code < 127 ? code : 127);
-      }
+  for_each_element(p.shape, numel, [&](int64_t index, int channel) {
+    const Coefficients<T>& by = coefficients[channel];
+    const Compute<T> v = load(p.input[index]) - by.output.center;
+    p.output[index] = store<T>(v * by.output.factor + by.output.offset);
+    if constexpr (kSaved == Saved::bf16) {
+      static_cast<BFloat16*>(p.codes)[index] = store<BFloat16>(static_cast<float>(v * by.code_factor + by.code_offset));
+    } else if constexpr (kSaved == Saved::int8) {
+      const Compute<T> code =
+          std::floor(v * by.code_factor + by.code_offset + random_fraction(static_cast<uint32_t>(index), by.key));
+      // So written that NaN becomes a number.
+      static_cast<int8_t*>(p.codes)[index] = static_cast<int8_t>(!(code > -127) ? -127 : code < 127 ? code : 127);
     }
-    const T rounded = store<T>(y);
-    if (p.words != nullptr) {
-      const uint32_t passing = __ballot_sync(kAllLanes, inside && !(load(rounded) <= 0));
-      const int64_t half = index / kWarp;
-      if (lane_id() == 0 && half < 2 * word_count(numel)) reinterpret_cast<uint32_t*>(p.words)[half] = passing;
-    }
-    if (inside) p.output[index] = p.words != nullptr && y < 0 ? from_bits<T>(0) : rounded;
   });
 }
 

@@ -10,8 +10,7 @@ namespace swat::cuda {
 
 inline constexpr int kNormRun = 8;  // elements of a thread, kNormThreads apart
 
-// Calls f(element, channel, whether it is one of the numel) for the elements of this thread. Lanes of a warp hold 32 neighbours, of
-// which the first is a multiple of 32; they all come along to the end.
+// Calls f(element, channel) for the elements of this thread.
 template <typename F>
 __device__ inline void for_each_element(const NormShape& shape, int64_t numel, F&& f) {
   const int64_t pixels = shape.channels_last ? 1 : shape.pixels, channels = shape.channels;
@@ -25,7 +24,7 @@ __device__ inline void for_each_element(const NormShape& shape, int64_t numel, F
 #pragma unroll 4
   for (int i = 0; i < kNormRun; ++i) {
     const int64_t index = first + i * kNormThreads;
-    f(index, channel, index < numel);
+    if (index < numel) f(index, channel);
     pixel += steps;
     channel += planes;
     if (pixel >= pixels) {
@@ -45,16 +44,10 @@ __device__ inline double number_of(const NormWeight& weight, int64_t channel, do
   return static_cast<const Compute<T>*>(weight.data)[channel];
 }
 
-// output = (input - center) * factor + offset, for one channel. Written without leaving the compiler a choice of roundings, as the
-// backward pass may find the sign of the output again.
+// output = (input - center) * factor + offset, for one channel.
 template <typename T>
 struct Affine {
   Compute<T> center, factor, offset;
-
-  __device__ Compute<T> centred(T x) const { return load(x) - center; }
-  __device__ Compute<T> of_centred(Compute<T> v) const { return std::fma(v, factor, offset); }
-  // Whether the gradient passes the ReLU of what was stored.
-  __device__ bool passes(T x) const { return !(load(store<T>(of_centred(centred(x)))) <= 0); }
 };
 
 // The mean is subtracted in two steps: its nearest number, where no digits of the input are lost, and the rest.

@@ -11,18 +11,7 @@ namespace {
 template <typename T>
 struct Coefficients {
   Compute<T> center, slope, grade, offset;
-  Affine<T> output;  // if rectified
 };
-
-// Whether the gradient of element `at`, saved as `value`, passes.
-template <typename T, typename S>
-__device__ inline bool passes(const BatchNormGradParams<T>& p, const Affine<T>& output, int64_t at, S value) {
-  if (p.words != nullptr) return bit_at(p.words, at);
-  if constexpr (std::is_same_v<S, T>) {
-    if (p.rectified) return output.passes(value);
-  }
-  return true;
-}
 
 // S is how the values are stored.
 template <typename T, typename S>
@@ -30,21 +19,11 @@ struct GradSource {
   static constexpr bool kExtremes = false;
   BatchNormGradParams<T> params;
 
-  struct Channel {
-    double shift;
-    Affine<T> output;
-  };
-  __device__ Channel channel(int64_t c) const {
-    Channel found{};
-    if (params.saved == Saved::exact) found.shift = params.mean[c];
-    if (params.rectified) found.output = affine_of<T>(params.mean[c], params.invstd[c], params.weight, params.bias, c);
-    return found;
-  }
-  __device__ void add(const Channel& by, int64_t at, Sums& sums) const {
-    const S value = static_cast<const S*>(params.values)[at];
-    const double u = passes(params, by.output, at, value) ? load(params.grad_output[at]) : 0;
+  __device__ double channel(int64_t c) const { return params.saved == Saved::exact ? params.mean[c] : 0; }
+  __device__ void add(double shift, int64_t at, Sums& sums) const {
+    const double u = load(params.grad_output[at]);
     sums.sum += u;
-    sums.product += u * (load(value) - by.shift);
+    sums.product += u * (load(static_cast<const S*>(params.values)[at]) - shift);
   }
 };
 
@@ -76,7 +55,6 @@ __global__ void __launch_bounds__(kNormThreads)
   write_number<T>(p.grad_weight, c, p.narrow, weighted);
   write_number<T>(p.grad_bias, c, p.narrow, sums.sum);
   Coefficients<T> to{};
-  if (p.rectified) to.output = affine_of<T>(p.mean[c], p.invstd[c], p.weight, p.bias, c);
   to.center = static_cast<Compute<T>>(shift);
   to.slope = static_cast<Compute<T>>(scaled);
   to.grade = static_cast<Compute<T>>(tilt);
@@ -87,12 +65,10 @@ __global__ void __launch_bounds__(kNormThreads)
 template <typename T, typename S>
 __global__ void __launch_bounds__(kNormThreads)
     find_input_grad(BatchNormGradParams<T> p, int64_t numel, const Coefficients<T>* coefficients) {
-  for_each_element(p.shape, numel, [&](int64_t index, int channel, bool inside) {
-    if (!inside) return;
+  for_each_element(p.shape, numel, [&](int64_t index, int channel) {
     const Coefficients<T>& by = coefficients[channel];
-    const S value = static_cast<const S*>(p.values)[index];
-    const Compute<T> grad = passes(p, by.output, index, value) ? load(p.grad_output[index]) : 0;
-    p.grad_input[index] = store<T>(grad * by.slope + ((load(value) - by.center) * by.grade + by.offset));
+    const Compute<T> grad = load(p.grad_output[index]), value = load(static_cast<const S*>(p.values)[index]);
+    p.grad_input[index] = store<T>(grad * by.slope + ((value - by.center) * by.grade + by.offset));
   });
 }
 

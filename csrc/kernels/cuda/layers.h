@@ -43,7 +43,7 @@ struct NormWeight {
   bool narrow;       // whether it is T
 };
 
-// Arrays are [channels], codes and words of all elements in the order of memory.
+// Arrays are [channels], codes of all elements in the order of memory.
 template <typename T>
 struct BatchNormParams {
   NormShape shape;
@@ -56,11 +56,10 @@ struct BatchNormParams {
   double *mean, *invstd, *variance;  // the variance with the divisor count - 1
   void* codes;                       // unless exact
   Compute<T>* scale;                 // int8: the unit of the codes
-  uint64_t* words;                   // null: no ReLU
   void* scratch;
 };
 
-// output = (input - mean) / sqrt(variance + eps) * weight + bias, then a ReLU where there are `words`. Sums are in double.
+// output = (input - mean) / sqrt(variance + eps) * weight + bias. Sums are in double.
 template <typename T>
 size_t batch_norm_scratch(const BatchNormParams<T>& params);
 template <typename T>
@@ -74,9 +73,7 @@ struct BatchNormGradParams {
   const void* values;       // the input or its codes
   const Compute<T>* scale;  // int8
   const double *mean, *invstd;
-  NormWeight weight, bias;  // the bias is read only if `rectified`
-  const uint64_t* words;    // of the ReLU; null: there was none, or
-  bool rectified;           // its sign is found again from the exact input
+  NormWeight weight;
   T* grad_input;
   void *grad_weight, *grad_bias;
   bool narrow;  // whether these are T

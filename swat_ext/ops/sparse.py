@@ -1,0 +1,67 @@
+"""A layer's three passes by this library's kernels, which walk over what is kept alone.
+
+Each function takes a :class:`Geometry` for a convolution and None for a linear layer. A packed operand is ``values``
+and ``mask``; that of a linear layer's input has the size ``[in_features, rows]``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swat_ext.ops.geometry import Geometry
+
+__all__ = ["forward", "input_grad", "weight_grad"]
+
+
+def forward(
+    input: Tensor,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    weight_size: Sequence[int],
+    bias: Tensor | None,
+    geometry: Geometry | None,
+    channels_last: bool,
+) -> Tensor:
+    """``conv(input, top(weight)) + bias``."""
+    if geometry is None:
+        return torch.ops.swat_ext.linear(input, weight_values, weight_mask, weight_size, bias)
+    return torch.ops.swat_ext.conv2d(input, weight_values, weight_mask, weight_size, bias, *geometry, channels_last)
+
+
+def input_grad(
+    grad_output: Tensor,
+    weight_values: Tensor,
+    weight_mask: Tensor,
+    weight_size: Sequence[int],
+    input_size: Sequence[int],
+    geometry: Geometry | None,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of the input, through ``top(weight)``."""
+    if geometry is None:
+        return torch.ops.swat_ext.linear_input_grad(grad_output, weight_values, weight_mask, weight_size)
+    return torch.ops.swat_ext.conv2d_input_grad(
+        grad_output, weight_values, weight_mask, weight_size, input_size, *geometry, channels_last
+    )
+
+
+def weight_grad(
+    grad_output: Tensor,
+    input_values: Tensor,
+    input_mask: Tensor,
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    geometry: Geometry | None,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of every weight, from ``top(input)``; on CUDA in TF32 where PyTorch's own may be."""
+    if geometry is None:
+        allow = torch.backends.cuda.matmul.allow_tf32
+        return torch.ops.swat_ext.linear_weight_grad(
+            grad_output, input_values, input_mask, weight_size, allow_tf32=allow
+        )
+    allow = torch.backends.cudnn.allow_tf32
+    return torch.ops.swat_ext.conv2d_weight_grad(
+        grad_output, input_values, input_mask, input_size, weight_size, *geometry, channels_last, allow_tf32=allow
+    )
