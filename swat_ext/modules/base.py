@@ -31,6 +31,7 @@ class SWATLayer(nn.Module):
         activation_sparsity: the same for the input saved for the weight gradient; setting None follows ``sparsity``.
         topk_period: optimizer steps from one selection to the next.
         backend: "auto", "sparse" or "dense".
+        weight_threshold, activation_threshold: 0-dim, in the weight's dtype; no buffers. 0 before the first selection.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -177,6 +178,14 @@ class SWATLayer(nn.Module):
         )
 
     # --- Selection
+
+    @property
+    def weight_threshold(self) -> Tensor:
+        return self._weights.threshold
+
+    @property
+    def activation_threshold(self) -> Tensor:
+        return self._activations.threshold
 
     @property
     def steps(self) -> int:

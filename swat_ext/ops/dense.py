@@ -3,8 +3,10 @@
 Arguments and results are those of :mod:`swat_ext.ops.sparse`.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,7 +19,23 @@ __all__ = ["forward", "input_grad", "weight_grad"]
 # On the CPU activations are unpacked so many bytes at a time, or one sample where that is more.
 _TILE_BYTES = 4 << 20
 
+_P = ParamSpec("_P")
 
+
+def _in_its_own_dtype(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Operands are cast already where autocast is on: PyTorch's functions must not cast them once more."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        operand = args[0]
+        assert isinstance(operand, Tensor)
+        with torch.autocast(operand.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_in_its_own_dtype
 def forward(
     input: Tensor,
     weight_values: Tensor,
@@ -37,6 +55,7 @@ def forward(
     return output.contiguous(memory_format=memory_format(channels_last))
 
 
+@_in_its_own_dtype
 def input_grad(
     grad_output: Tensor,
     weight_values: Tensor,
@@ -62,6 +81,7 @@ def input_grad(
     return empty(grad, input_size, channels_last).copy_(inside)
 
 
+@_in_its_own_dtype
 def weight_grad(
     grad_output: Tensor,
     input_values: Tensor,
