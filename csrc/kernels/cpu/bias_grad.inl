@@ -10,13 +10,13 @@ void add_pixels(const ImageView<const T>& image, const T* data, int64_t count, T
     auto add = [&]<int kPixels>(const T* from) {
       for (int64_t c = 0; c < whole; c += kN) {
         Vec<T> sum = load_unaligned(sums + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kPixels; ++i) sum += load_unaligned(from + i * step + c);
         store_unaligned(sums + c, sum);
       }
     };
     int64_t i = 0;
-    for (; i + 4 <= count; i += 4) add.template operator()<4>(data + i * step);
+    for (; i + 8 <= count; i += 8) add.template operator()<8>(data + i * step);
     for (; i < count; ++i) add.template operator()<1>(data + i * step);
     channel = whole;
   } else if (step == 1) {
@@ -47,18 +47,48 @@ void add_pixels(const ImageView<const T>& image, const T* data, int64_t count, T
 // sums[part][channel] for parts [begin, end) of `part` pixels each, the last one of what is left.
 template <typename T>
 void sum_parts(const ImageView<const T>& image, int64_t part, int64_t begin, int64_t end, T* sums) {
+  constexpr int kN = kLanes<T>;
   const int64_t pixels = image.batch * image.height * image.width;
-  for (int64_t index = begin; index < end; ++index) {
+  for (int64_t index = begin; index < end;) {
     T* const out = sums + index * image.channels;
     std::fill_n(out, image.channels, T{0});
     const int64_t stop = std::min(pixels, (index + 1) * part);
     for (int64_t pixel = index * part, count; pixel < stop; pixel += count) {
       const int64_t row = pixel / image.width, column = pixel % image.width;
+      const T* const data = image.data + row / image.height * image.batch_stride +
+                            row % image.height * image.row_stride + column * image.column_stride;
+      if (image.channels < kN && pixel == index * part && index + kN <= end && column + kN * part <= image.width) {
+        // Few channels: parts that follow each other fill the vectors.
+        const ImageView<const T> parts{
+            .channels = kN, .channel_stride = part * image.column_stride, .column_stride = image.column_stride};
+        for (int64_t channel = 0; channel < image.channels; ++channel) {
+          T found[kN] = {};
+          add_pixels(parts, data + channel * image.channel_stride, part, found);
+          for (int k = 0; k < kN; ++k) out[k * image.channels + channel] = found[k];
+        }
+        index += kN - 1;
+        break;
+      }
       count = std::min(stop - pixel, image.width - column);
-      add_pixels(image,
-                 image.data + row / image.height * image.batch_stride + row % image.height * image.row_stride +
-                     column * image.column_stride,
-                 count, out);
+      add_pixels(image, data, count, out);
     }
+    ++index;
+  }
+}
+
+// Channels whose totals are held together.
+inline constexpr int64_t kTotals = 256;
+
+// result[channel] = the sum of `parts` sums of each of `channels`, for channels [begin, end).
+template <typename T>
+void add_parts(const T* sums, int64_t parts, int64_t channels, int64_t begin, int64_t end, T* result) {
+  for (int64_t first = begin; first < end; first += kTotals) {
+    const int64_t count = std::min(kTotals, end - first);
+    double totals[kTotals] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const T* const from = sums + part * channels + first;
+      for (int64_t c = 0; c < count; ++c) totals[c] += from[c];
+    }
+    for (int64_t c = 0; c < count; ++c) result[first + c] = static_cast<T>(totals[c]);
   }
 }

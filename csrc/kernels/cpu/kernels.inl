@@ -46,6 +46,7 @@ constexpr Kernels<T> kernels_of() {
       .depthwise_slice = depthwise_slice<T>,
       .depthwise_reduce = depthwise_reduce<T>,
       .sum_parts = sum_parts<T>,
+      .add_parts = add_parts<T>,
       .relu_words = relu_words<T>,
       .mask_words = mask_words<T>,
       .batch_norm_scratch = batch_norm_scratch<T>,

@@ -63,8 +63,9 @@ struct Kernels {
   void (*depthwise_slice)(const DepthwiseParams<T>& params, int64_t slice, int64_t begin, int64_t end, T* scratch);
   void (*depthwise_reduce)(const DepthwiseParams<T>& params, int64_t begin, int64_t end);
 
-  // bias_grad.inl: parts of so many pixels
+  // bias_grad.inl: parts of so many pixels; channels
   void (*sum_parts)(const ImageView<const T>& image, int64_t part, int64_t begin, int64_t end, T* sums);
+  void (*add_parts)(const T* sums, int64_t parts, int64_t channels, int64_t begin, int64_t end, T* result);
 
   // relu.inl: words of 64 elements
   void (*relu_words)(const T* input, int64_t numel, int64_t begin, int64_t end, T* output, uint64_t* words);
