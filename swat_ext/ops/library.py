@@ -115,8 +115,6 @@ def _(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = False,
-    *,
-    allow_tf32: bool = False,
 ) -> Tensor:
     return empty(grad_output, weight_size, channels_last)
 
@@ -134,14 +132,7 @@ def _(grad_output: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_si
 
 
 @torch.library.register_fake("swat_ext::linear_weight_grad")
-def _(
-    grad_output: Tensor,
-    input_values: Tensor,
-    input_mask: Tensor,
-    weight_size: Sequence[int],
-    *,
-    allow_tf32: bool = False,
-) -> Tensor:
+def _(grad_output: Tensor, input_values: Tensor, input_mask: Tensor, weight_size: Sequence[int]) -> Tensor:
     return grad_output.new_empty(list(weight_size))
 
 
