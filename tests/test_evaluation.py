@@ -167,8 +167,11 @@ def test_tracers_are_refused_by_name() -> None:
         torch.jit.trace(model, x)
     with pytest.raises(RuntimeError, match=r"symbolic_trace.*to_dense"):
         torch.fx.symbolic_trace(model)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script.*to_dense"):
+        torch.jit.script(model)
     wanted = model(x)
     dense = to_dense(model)
+    torch.testing.assert_close(torch.jit.script(dense)(x), wanted)
     torch.testing.assert_close(torch.jit.trace(dense, x)(x), wanted)
     torch.testing.assert_close(torch.fx.symbolic_trace(dense)(x), wanted)
 

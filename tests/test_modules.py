@@ -116,6 +116,24 @@ def test_zero_sparsity_is_the_dense_layer(memory_format, generator):
     torch.testing.assert_close(sparse(x), dense(x))
 
 
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+@pytest.mark.parametrize("shape", [(5, 12), (12,), (2, 3, 12)])
+def test_what_a_layer_returns_may_be_changed_in_place(backend, shape, generator):
+    """As the classifiers of VGG and AlexNet do."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    layer = SWATLinear(12, 7, sparsity=0.5, backend=backend)
+    outputs = [nn.functional.relu(layer(x), inplace=inplace) for inplace in (True, False)]
+    assert not layer(x)._is_view()
+    found = [gradients(output, x, layer.weight, layer.bias) for output in outputs]
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+    image = torch.randn(2, 4, 5, 5, generator=generator)
+    conv = SWATConv2d(4, 4, 3, sparsity=0.5, backend=backend)
+    nn.functional.relu_(conv(image)).sum().backward()
+    assert conv.weight.grad is not None
+
+
 # --- What is saved ----------------------------------------------------------------------------------------------------
 
 

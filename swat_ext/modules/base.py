@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
-from swat_ext.modules.tracing import refuse_tracing
+from swat_ext.modules.tracing import refuse_scripting, refuse_tracing
 from swat_ext.ops.arguments import check_tensor
 from swat_ext.ops.backend import Choice, choose_backend
 from swat_ext.topology import steps
@@ -305,6 +305,10 @@ class SWATLayer(nn.Module):
             super()._load_from_state_dict(*args)
         finally:
             del self._loading
+
+    def __prepare_scriptable__(self) -> Self:
+        refuse_scripting()
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -47,8 +47,12 @@ def forward(
 ) -> Tensor:
     """By ``torch.convolution`` or ``torch.nn.functional.linear``."""
     weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
-    if geometry is None:
+    if geometry is None and input.dim() == 2:
         return torch.nn.functional.linear(input, weight, bias)
+    if geometry is None:
+        # linear() would return a view here, which nobody could change in place behind a function of ours.
+        output = torch.matmul(input, weight.t())
+        return output if bias is None else output.add_(bias)
     padded, symmetric = _padded(input, geometry)
     stride, _, dilation, groups = geometry
     output = torch.convolution(padded, weight, bias, stride, symmetric, dilation, False, [0, 0], groups)
