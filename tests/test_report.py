@@ -190,7 +190,7 @@ def test_the_table_is_aligned_and_in_human_units():
         assert row[column : column + 2] == "  "
     assert "56.6 M" in text  # 6 * 64 * 16 * 64 * 144 / 10, for layer 3 is 566 M dense
     why = model[3].chosen_backend
-    assert f"  {why.backend}: {why.reason}: 2 layers" in text
+    assert f"  {why.backend}: {why.reason}: " in text
     assert "Sequential: 4 of 5 layers with weights train sparse; one training step on input 64x3x8x8" in text
 
 
@@ -294,7 +294,8 @@ def test_example_inputs_are_tokens_and_several_arguments(form, by_value):
         "tuple": (tokens, mask, {"scale": [2]}),
         "dict": {"mask": mask, "tokens": tokens, "options": None},
     }
-    found = report(model, example_inputs=forms[form])
+    with torch.inference_mode():
+        found = report(model, example_inputs=forms[form])
     (row,) = found.layers
     assert (row.input_size, row.output_size, row.calls) == ((2, 5, 8), (2, 5, 10), 1)
     assert row.dense_flops == 6 * 10 * 8 * 10

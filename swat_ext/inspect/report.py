@@ -285,7 +285,8 @@ def _walk(
         return values(tensor.shape, dtype=tensor.dtype, device=device)
 
     failure: Exception | None = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, torch.inference_mode(False), torch.enable_grad():
         for training in (True, False):
             for change in (on_meta, None):
                 try:
