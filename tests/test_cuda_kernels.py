@@ -1,9 +1,12 @@
 """The CUDA kernels and their operators against the common oracle: on a GPU, and thread by thread on the CPU."""
 
 import random
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from checks import assert_identical
 from conftest import Kernels, emulator
 from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_tensor, random_threshold
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swat_ext import reference
 from swat_ext.ops import library as swat_ops
@@ -81,42 +85,39 @@ def test_a_part_is_a_slice_of_the_whole(kernels: Kernels, dtype: torch.dtype, ge
                 kernels.ops.decompress_part(values, mask, size, begin, end, False)
 
 
-@pytest.mark.parametrize("values", ["gaussian", "ties", "relu"])
+@pytest.mark.parametrize("values", ["gaussian", "ties", "relu", "nan"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_capacity(
-    kernels: Kernels, values: str, memory_format: torch.memory_format, generator: torch.Generator
-) -> None:
-    """Length known beforehand; far too many: select again; still too many: the last ties go. The same as on the CPU."""
+def test_budget(kernels: Kernels, values: str, memory_format: torch.memory_format, generator: torch.Generator) -> None:
+    """Far too many or too few pass: select again; still too many: the last ties go. The same as on the CPU."""
     input = torch.randn(3, 40, 11, 9, generator=generator)
-    input = {"gaussian": input, "ties": input.round(), "relu": input.relu()}[values].contiguous(
-        memory_format=memory_format
-    )
+    some_nan = input.where(torch.rand(input.shape, generator=generator) > 0.1, torch.nan)
+    input = {"gaussian": input, "ties": input.round(), "relu": input.relu(), "nan": some_nan}[values]
+    input = input.contiguous(memory_format=memory_format)
     on_device = input.to(kernels.device)
+    outcomes = set()
     for keep in (1, 300, 2000, input.numel()):
-        length = swat_ops.most_kept(keep, input.numel())
-        for threshold in (0.0, 1.0, 2.5, 100.0):
+        most, limit = swat_ops.most_kept(keep, input.numel()), reference.kth_magnitude(input, keep)
+        for threshold in (-1.0, 0.0, 1.0, 2.5, 100.0, torch.nan):
+            what = f"keep {keep}, threshold {threshold}"
             stale = torch.tensor(threshold)
-            got = [
-                part.cpu() for part in kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=True)
-            ]
-            expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=True)
-            assert got[0].shape == (length,)
-            assert_identical(got[0], expected[0], f"values, keep {keep}, threshold {threshold}")
-            assert_identical(got[1], expected[1], f"mask, keep {keep}, threshold {threshold}")
             exact = reference.compress(input, stale)
-            least = 0 if threshold <= 0 else min(keep - keep // 5, keep - 64)
-            stays = least <= exact.values.numel() <= length
-            if stays:
-                assert_identical(got[1], exact.mask, "mask where enough room was")
-            mask = got[1].to(kernels.device)
-            dense = kernels.ops.decompress(got[0].to(kernels.device), mask, input.shape, False).cpu()
-            kept = dense != 0
-            assert torch.equal(dense[kept], input[kept])
-            if not stays:
-                limit = reference.kth_magnitude(input, keep)
-                assert int((input.abs() > limit).sum()) <= int(kept.sum()) <= length
-                assert limit == 0 or int(kept.sum()) >= keep
-                assert (input[kept].abs() >= limit).all()
+            count = exact.values.numel()
+            few = threshold > 0 and count < min(keep - keep // 5, keep - 64)
+            outcomes.add("many" if count > most else "few" if few else "stays")
+            passing = reference.compress(input, limit) if count > most or few else exact
+            for padded in (False, True):
+                got = kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=padded)
+                expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=padded)
+                for ours, theirs in zip(got, expected, strict=True):
+                    assert torch.equal(ours.cpu().nan_to_num(7), theirs.nan_to_num(7)), f"{what}, padded {padded}"
+                if padded:
+                    assert got[0].shape == (most,)
+                    wanted = passing.values[:most].nan_to_num(7)
+                    assert torch.equal(got[0][: wanted.numel()].cpu().nan_to_num(7), wanted), what
+                    assert not got[0][wanted.numel() :].any(), what
+                else:
+                    assert_identical(got[1].cpu(), passing.mask, what)
+    assert outcomes == {"many", "few", "stays"}
 
 
 _TILES = {
@@ -263,6 +264,42 @@ def test_empty_lists(kernels: Kernels, generator: torch.Generator) -> None:
             assert not got.cpu()[expected_grad == 0].any()
 
 
+def test_linear(kernels: Kernels, generator: torch.Generator) -> None:
+    """Rows of any strides; no rows, no features."""
+    weight = torch.randn(37, 90, generator=generator)
+    bias = torch.randn(37, generator=generator)
+    kept = reference.top(weight, 1.0).double()
+    packed = kernels.ops.compress(weight.to(kernels.device), torch.tensor(1.0).to(kernels.device))
+    for make in (
+        lambda size: torch.randn(5, 7, size, generator=generator),
+        lambda size: torch.randn(size, generator=generator),
+        lambda size: torch.randn(7, size, 5, generator=generator).permute(2, 0, 1),
+        lambda size: torch.randn(size, generator=generator).expand(4, 3, size),
+        lambda size: torch.randn(0, size, generator=generator),
+    ):
+        x, grad = make(90), make(37)
+        output = kernels.ops.linear(x.to(kernels.device), *packed, (37, 90), bias.to(kernels.device))
+        got = kernels.ops.linear_input_grad(grad.to(kernels.device), *packed, (37, 90))
+        assert output.is_contiguous()
+        assert got.is_contiguous()
+        assert _relative(output, F.linear(x.double(), kept, bias.double())) < 2e-5
+        assert _relative(got, grad.double() @ kept) < 2e-5
+
+
+def test_select(kernels: Kernels, generator: torch.Generator) -> None:
+    """Before the first step, and a period later: a threshold of this input; in between that of before."""
+    threshold, clock = torch.zeros((), device=kernels.device), torch.tensor([0, -1])
+    expected = torch.tensor(0.0)
+    for step in range(5):
+        input = torch.randn(900, generator=generator)
+        clock[0] = step
+        if step in (0, 3):
+            expected = reference.kth_magnitude(input, 300)
+        got = kernels.ops.select(input.to(kernels.device), threshold, clock, 300, 3, False)
+        assert_identical(threshold.cpu(), expected, f"threshold of step {step}")
+        assert_identical(got[0].cpu(), reference.compress(input, expected).values, f"values of step {step}")
+
+
 def test_what_32_bits_do_not_count_is_refused(kernels: Kernels) -> None:
     packed = kernels.ops.compress(torch.ones(1, 1, 1, 1, device=kernels.device), torch.tensor(0.0).to(kernels.device))
     grad = torch.ones(1, 1, 1, 1, device=kernels.device)
@@ -309,7 +346,7 @@ def test_plan_of_tiles() -> None:
     assert plan(1, (10**12, 1, 3), (10**12, 2, 5), 64, 4)[-1] == 0
 
 
-# --- The emulator itself ----------------------------------------------------------------------------------------------
+# --- The tools and the emulator themselves ----------------------------------------------------------------------------
 
 
 def test_each_block_starts_with_fresh_shared_memory() -> None:
@@ -328,3 +365,24 @@ def test_too_much_shared_memory_is_seen() -> None:
     )
     assert result.returncode != 0
     assert "bytes of shared memory" in result.stderr
+
+
+def test_the_sanitizer_sees_every_operator() -> None:
+    emulator.load()
+    root = Path(emulator.__file__).parent.parent.parent
+    sources = [(root / "csrc" / "ops" / name).read_text(encoding="utf-8") for name in ("cuda.cpp", "cuda_layers.cpp")]
+    operators = {name for text in sources for name in re.findall(r'm\.impl\("(\w+)"', text)}
+    assert "conv2d" in operators
+    called = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            called.add(func.name().removeprefix("swat_ext_emulated::").split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    main = runpy.run_path(str(root / "tools" / "sanitize_cuda.py"))["main"]
+    with Recorder():
+        main(torch.ops.swat_ext_emulated, "cpu")
+    assert operators <= called

@@ -16,8 +16,9 @@ from swat_ext.ops.layout import empty, memory_format
 
 __all__ = ["forward", "input_grad", "weight_grad"]
 
-# On the CPU activations are unpacked so many bytes at a time, or one sample where that is more.
+# Activations are unpacked so many bytes at a time, or one sample where that is more: what caches hold.
 _TILE_BYTES = 4 << 20
+_CUDA_TILE_BYTES = 32 << 20
 
 _P = ParamSpec("_P")
 
@@ -97,8 +98,9 @@ def weight_grad(
 ) -> Tensor:
     """By ``convolution_backward``, or a product of matrices.
 
-    On the CPU a few samples at a time, or of a linear layer a few features: a whole activation is never there. Samples
-    are added up in their order, whatever the number of threads.
+    A few samples at a time, or of a linear layer a few features: a whole activation is never there. Samples are added
+    up in their order, whatever the number of threads; on CUDA a part's own sum is cuDNN's, which repeats bit for bit
+    where ``torch.backends.cudnn.deterministic`` is set.
     """
     if geometry is None:
         return _linear_weight_grad(grad_output, input_values, input_mask, input_size, weight_size)
@@ -148,8 +150,9 @@ def _tiles(size: Sequence[int], like: Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of the first dimension to unpack at once."""
     count = size[0]
     step = max(1, count)
-    if like.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, _TILE_BYTES // max(1, math.prod(size[1:]) * like.element_size()))
+    if not torch.compiler.is_compiling():
+        bytes_ = _CUDA_TILE_BYTES if like.device.type == "cuda" else _TILE_BYTES
+        step = max(1, bytes_ // max(1, math.prod(size[1:]) * like.element_size()))
     for begin in range(0, count, step):
         yield begin, min(begin + step, count)
 
