@@ -77,26 +77,24 @@ inline void check_size(const char* name, const Ints& size, const Ints& expected)
 
 inline int64_t mask_words(int64_t numel) { return (numel + 63) / 64 + (numel + cpu::kBlockBits - 1) / cpu::kBlockBits; }
 
-// That (values, mask) are laid out as the packed form of `numel` elements; their contents are not looked at.
-inline void check_packed_layout(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), name,
-                  "_values: expected one contiguous dimension, got size ", to_string(sizes(values)));
+// That a mask is laid out as that of `numel` elements, on the device of `other`; its contents are not looked at.
+inline void check_mask_layout(const std::string& name, const Tensor& mask, int64_t numel, const Tensor& other) {
+  check_same_device(name.c_str(), mask, other);
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Long && mask.dim() == 1 && mask.is_contiguous(), name,
-                  "_mask: expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
-  STD_TORCH_CHECK(mask.size(0) == mask_words(numel), name, "_mask: expected ", mask_words(numel), " words for ", numel,
+                  ": expected one contiguous dimension of int64, got size ", to_string(sizes(mask)));
+  STD_TORCH_CHECK(mask.size(0) == mask_words(numel), name, ": expected ", mask_words(numel), " words for ", numel,
                   " elements, got ", mask.size(0));
 }
 
-// The same for tensors on the CPU, where the last block says how many values there must be at least; the blocks before it are trusted.
-inline void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
-  check_packed_layout(name, values, mask, numel);
-  const int64_t* words = mask.const_data_ptr<int64_t>();
-  int64_t kept = numel == 0 ? 0 : words[mask.size(0) - 1];
-  for (int64_t i = (numel - 1) / cpu::kBlockBits * (cpu::kBlockBits / 64); i < (numel + 63) / 64; ++i) {
-    kept += std::popcount(static_cast<uint64_t>(words[i]));
-  }
-  STD_TORCH_CHECK(values.size(0) >= kept, name, "_values: expected at least ", kept,
-                  " elements, as the mask counts, got ", values.size(0));
+// The same of a packed tensor, whose values have the dtype of `other` too. `name` is "weight_" or "input_", or nothing.
+inline void check_packed_layout(const std::string& name, const Tensor& values, const Tensor& mask, int64_t numel,
+                                const Tensor& other) {
+  const std::string values_name = name + "values";
+  check_same_dtype(values_name.c_str(), values, other);
+  check_same_device(values_name.c_str(), values, other);
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), values_name,
+                  ": expected one contiguous dimension, got size ", to_string(sizes(values)));
+  check_mask_layout(name + "mask", mask, numel, other);
 }
 
 inline void check_k(const Tensor& input, int64_t k) {

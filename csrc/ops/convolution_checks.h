@@ -6,12 +6,30 @@
 
 namespace swat {
 
-// The geometry of a convolution of `input` size [N, C, H, W] with `weight` size [O, C / groups, kh, kw].
-inline ConvGeometry make_geometry(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
-                                  const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions [N, C, H, W], got size ", to_string(input));
-  STD_TORCH_CHECK(weight.size() == 4, "weight: expected 4 dimensions [O, C / groups, kh, kw], got size ",
+// Most pixels of a padded image along one axis. No coordinate is farther away, so that none wraps.
+inline constexpr int64_t kMostPixels = INT32_MAX;
+
+// Output pixels along one axis of an `input` of that size, padded by so many before and after.
+inline int64_t output_pixels(const char* name, const Ints& input, int64_t axis, int64_t kernel, int64_t stride,
+                             int64_t before, int64_t after, int64_t dilation) {
+  const int64_t pixels = input[axis];
+  STD_TORCH_CHECK(pixels <= kMostPixels && before <= kMostPixels - pixels && after <= kMostPixels - pixels - before,
+                  "padding: expected an input of at most ", kMostPixels, " pixels along each axis once padded, got ",
+                  before, " and ", after, " around ", pixels);
+  const int64_t last = pixels + before + after - 1;
+  STD_TORCH_CHECK(last >= 0 && (kernel == 1 || dilation <= last / (kernel - 1)), name,
+                  ": expected at least the dilated kernel once padded, got size ", to_string(input));
+  return (last - (kernel == 1 ? 0 : dilation * (kernel - 1))) / stride + 1;
+}
+
+// The geometry of a convolution of `input` size [N, C, H, W], an argument called `name`, with `weight` size [O, C / groups, kh, kw].
+inline ConvGeometry make_geometry(const char* name, const Ints& input, const Ints& weight, const Ints& stride,
+                                  const Ints& padding, const Ints& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.size() == 4, name, ": expected 4 dimensions [N, C, H, W], got size ", to_string(input));
+  STD_TORCH_CHECK(weight.size() == 4, "weight_size: expected 4 dimensions [O, C / groups, kh, kw], got ",
                   to_string(weight));
+  check_extents(name, input);
+  check_extents("weight_size", weight);
   STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
                   "stride: expected two integers of at least 1, got ", to_string(stride));
   STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0,
@@ -20,10 +38,11 @@ inline ConvGeometry make_geometry(const Ints& input, const Ints& weight, const I
                   "padding: expected four integers of at least 0, got ", to_string(padding));
   STD_TORCH_CHECK(groups > 0, "groups: expected at least 1, got ", groups);
   STD_TORCH_CHECK(weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0,
-                  "weight: expected no empty dimension, got size ", to_string(weight));
-  STD_TORCH_CHECK(weight[0] % groups == 0, "weight: expected output channels divisible by groups = ", groups, ", got ",
-                  weight[0]);
-  STD_TORCH_CHECK(input[1] == weight[1] * groups, "input: expected ", weight[1] * groups, " channels, got ", input[1]);
+                  "weight_size: expected no empty dimension, got ", to_string(weight));
+  STD_TORCH_CHECK(weight[0] % groups == 0, "weight_size: expected output channels divisible by groups = ", groups,
+                  ", got ", weight[0]);
+  STD_TORCH_CHECK(input[1] % groups == 0 && input[1] / groups == weight[1], name, ": expected ", weight[1],
+                  " channels in each of ", groups, " groups, got ", input[1]);
   ConvGeometry g;
   g.batch = input[0];
   g.groups = groups;
@@ -33,32 +52,17 @@ inline ConvGeometry make_geometry(const Ints& input, const Ints& weight, const I
   g.out_channels = weight[0];
   g.kernel_height = weight[2];
   g.kernel_width = weight[3];
-  g.stride_height = stride[0];
-  g.stride_width = stride[1];
-  g.dilation_height = dilation[0];
-  g.dilation_width = dilation[1];
   g.pad_top = padding[0];
   g.pad_left = padding[2];
-  const int64_t spare_height = g.in_height + padding[0] + padding[1] - g.dilation_height * (g.kernel_height - 1) - 1;
-  const int64_t spare_width = g.in_width + padding[2] + padding[3] - g.dilation_width * (g.kernel_width - 1) - 1;
-  STD_TORCH_CHECK(spare_height >= 0 && spare_width >= 0,
-                  "input: expected at least the dilated kernel once padded, got size ", to_string(input));
-  g.out_height = spare_height / g.stride_height + 1;
-  g.out_width = spare_width / g.stride_width + 1;
+  g.out_height = output_pixels(name, input, 2, weight[2], stride[0], padding[0], padding[1], dilation[0]);
+  g.out_width = output_pixels(name, input, 3, weight[3], stride[1], padding[2], padding[3], dilation[1]);
+  // A step past the padded image, or between the taps of one, leads nowhere: kept small, it cannot wrap.
+  g.stride_height = std::min(stride[0], kMostPixels);
+  g.stride_width = std::min(stride[1], kMostPixels);
+  g.dilation_height = std::min(dilation[0], kMostPixels);
+  g.dilation_width = std::min(dilation[1], kMostPixels);
+  check_extents("padding: output", {g.batch, g.out_channels, g.out_height, g.out_width});
   return g;
-}
-
-// That `values` go with `other` in dtype and device, and with `mask` as the packed form of `numel` elements; `check` looks at the
-// latter, as far as the device allows: check_packed or check_packed_layout.
-using PackedCheck = void (*)(const char* name, const Tensor& values, const Tensor& mask, int64_t numel);
-
-inline void check_operand(const char* name, const Tensor& values, const Tensor& mask, int64_t numel,
-                          const Tensor& other, PackedCheck check) {
-  const std::string values_name = std::string(name) + "_values", mask_name = std::string(name) + "_mask";
-  check_same_dtype(values_name.c_str(), values, other);
-  check_same_device(values_name.c_str(), values, other);
-  check_same_device(mask_name.c_str(), mask, other);
-  check(name, values, mask, numel);
 }
 
 inline void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
@@ -78,8 +82,8 @@ inline void check_linear(const char* name, const Tensor& tensor, const Ints& wei
 
 // [1, in, 1, rows] with a weight [out, in, 1, 1], none of them 0.
 inline ConvGeometry linear_geometry(int64_t rows, const Ints& weight_size) {
-  return make_geometry({1, weight_size[1], 1, rows}, {weight_size[0], weight_size[1], 1, 1}, {1, 1}, {0, 0, 0, 0},
-                       {1, 1}, 1);
+  return make_geometry("input", {1, weight_size[1], 1, rows}, {weight_size[0], weight_size[1], 1, 1}, {1, 1},
+                       {0, 0, 0, 0}, {1, 1}, 1);
 }
 
 }  // namespace swat

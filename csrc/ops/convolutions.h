@@ -1,7 +1,7 @@
 // The convolutions and linear layers as operators: what is the same on every device. A Device has
 //   dispatch(name, tensor, f)            call f<T>() for the tensor's dtype
 //   empty(size, like, channels_last)     a result, on the device and in the dtype of `like`
-//   check_packed(name, values, mask, numel), packed<T>(values, mask, numel)
+//   check_packed(name, values, mask, numel, like), packed<T>(values, mask, numel)
 //   convolution<T>, input_grad<T>, weight_grad<T>
 #pragma once
 
@@ -20,8 +20,8 @@ struct Convolutions {
                        const Ints& weight_size, const std::optional<Tensor>& bias, const Ints& stride,
                        const Ints& padding, const Ints& dilation, int64_t groups, bool channels_last) {
     return Device::dispatch("input", input, [&]<typename T>() {
-      const ConvGeometry g = make_geometry(sizes(input), weight_size, stride, padding, dilation, groups);
-      check_operand("weight", weight_values, weight_mask, product(weight_size), input, Device::check_packed);
+      const ConvGeometry g = make_geometry("input", sizes(input), weight_size, stride, padding, dilation, groups);
+      Device::check_packed("weight_", weight_values, weight_mask, product(weight_size), input);
       check_bias(bias, input, g.out_channels);
       const std::optional<Tensor> offsets = dense(bias);
       Tensor output = Device::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input, channels_last);
@@ -36,8 +36,8 @@ struct Convolutions {
                                   const Ints& weight_size, const Ints& input_size, const Ints& stride,
                                   const Ints& padding, const Ints& dilation, int64_t groups, bool channels_last) {
     return Device::dispatch("grad_output", grad_output, [&]<typename T>() {
-      const ConvGeometry g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-      check_operand("weight", weight_values, weight_mask, product(weight_size), grad_output, Device::check_packed);
+      const ConvGeometry g = make_geometry("input_size", input_size, weight_size, stride, padding, dilation, groups);
+      Device::check_packed("weight_", weight_values, weight_mask, product(weight_size), grad_output);
       check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
       Tensor grad_input = Device::empty(input_size, grad_output, channels_last);
       Device::template input_grad<T>(grad_output, g, image(grad_output, read<T>(grad_output)),
@@ -51,8 +51,8 @@ struct Convolutions {
                                    const Ints& input_size, const Ints& weight_size, const Ints& stride,
                                    const Ints& padding, const Ints& dilation, int64_t groups, bool channels_last) {
     return Device::dispatch("grad_output", grad_output, [&]<typename T>() {
-      const ConvGeometry g = make_geometry(input_size, weight_size, stride, padding, dilation, groups);
-      check_operand("input", input_values, input_mask, product(input_size), grad_output, Device::check_packed);
+      const ConvGeometry g = make_geometry("input_size", input_size, weight_size, stride, padding, dilation, groups);
+      Device::check_packed("input_", input_values, input_mask, product(input_size), grad_output);
       check_size("grad_output", sizes(grad_output), {g.batch, g.out_channels, g.out_height, g.out_width});
       Tensor grad_weight = Device::empty(weight_size, grad_output, channels_last);
       Device::template weight_grad<T>(grad_output, g, image(grad_output, read<T>(grad_output)),
@@ -68,7 +68,7 @@ struct Convolutions {
     return Device::dispatch("input", input, [&]<typename T>() {
       check_linear("input", input, weight_size, 1);
       const int64_t numel = product(weight_size);
-      check_operand("weight", weight_values, weight_mask, numel, input, Device::check_packed);
+      Device::check_packed("weight_", weight_values, weight_mask, numel, input);
       check_bias(bias, input, weight_size[0]);
       Ints size = sizes(input);
       size.back() = weight_size[0];
@@ -88,7 +88,7 @@ struct Convolutions {
     return Device::dispatch("grad_output", grad_output, [&]<typename T>() {
       check_linear("grad_output", grad_output, weight_size, 0);
       const int64_t numel = product(weight_size);
-      check_operand("weight", weight_values, weight_mask, numel, grad_output, Device::check_packed);
+      Device::check_packed("weight_", weight_values, weight_mask, numel, grad_output);
       Ints size = sizes(grad_output);
       size.back() = weight_size[1];
       Tensor grad_input = Device::empty(size, grad_output, false);
@@ -108,7 +108,7 @@ struct Convolutions {
       Ints input_size = sizes(grad_output);  // of the input [..., in]; packed, it is [in, rows]
       input_size.back() = weight_size[1];
       const int64_t numel = product(input_size);
-      check_operand("input", input_values, input_mask, numel, grad_output, Device::check_packed);
+      Device::check_packed("input_", input_values, input_mask, numel, grad_output);
       Tensor grad_weight = Device::empty(weight_size, grad_output, false);
       if (grad_output.numel() == 0 || numel == 0) return zeros(grad_weight);
       const ChannelImage from = rows(grad_output);

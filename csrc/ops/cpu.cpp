@@ -132,12 +132,14 @@ std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor 
 
 Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
   return dispatch("input", input, [&]<typename T>() {
-    STD_TORCH_CHECK(count >= 0, "count: expected at least 0, got ", count);
+    const int64_t kept = check_mask("mask", mask, input.numel(), input);
+    STD_TORCH_CHECK(count >= kept && count <= input.numel(), "count: expected from ", kept,
+                    ", as the mask counts, to input.numel() = ", input.numel(), ", got ", count);
     Tensor values = empty({count}, input.scalar_type());
-    check_packed("input", values, mask, input.numel());
     const bool as_it_lies = planes<const T>(input, input.const_data_ptr<T>()).has_value();
     const Tensor source = as_it_lies ? input : torch::stable::contiguous(input);
-    if (count > 0) {
+    std::fill_n(values.mutable_data_ptr<T>() + kept, count - kept, T{0});
+    if (kept > 0) {
       cpu::take<T>(cpu::active(), torch_threads(), packed<T>(values, mask, input.numel()),
                    *planes<const T>(source, source.const_data_ptr<T>()), values.mutable_data_ptr<T>());
     }
@@ -149,8 +151,9 @@ Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
 Tensor unpack(const Tensor& values, const Tensor& mask, const Ints& size, int64_t begin, int64_t end,
               bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
+    check_extents("size", size);
     const int64_t numel = product(size);
-    check_packed("packed", values, mask, numel);
+    check_packed("", values, mask, numel, values);
     STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
                     to_string(size));
     Ints part = size;
@@ -195,8 +198,9 @@ struct Cpu {
   static Tensor empty(const Ints& size, const Tensor& like, bool channels_last) {
     return swat::empty(size, like.scalar_type(), channels_last);
   }
-  static void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
-    swat::check_packed(name, values, mask, numel);
+  static void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel,
+                           const Tensor& like) {
+    swat::check_packed(name, values, mask, numel, like);
   }
   template <typename T>
   static cpu::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {

@@ -8,6 +8,8 @@
 #include <exception>
 #include <optional>
 
+#include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/packing.h"
 #include "../kernels/cpu/parallel.h"
 #include "checks.h"
 #include "layout.h"
@@ -27,6 +29,26 @@ template <typename F>
 auto dispatch(const char* name, const Tensor& tensor, F&& f) {
   check_dtype(name, tensor);
   return tensor.scalar_type() == ScalarType::Float ? f.template operator()<float>() : f.template operator()<double>();
+}
+
+// The elements that a mask on the CPU keeps, once its bits and ranks are found to agree: a kernel that trusted them could leave the
+// tensors. One pass over the mask, a thirty-second of the dense bytes, at each call, whoever made it.
+inline int64_t check_mask(const std::string& name, const Tensor& mask, int64_t numel, const Tensor& other) {
+  check_mask_layout(name, mask, numel, other);
+  const int64_t* const words = mask.const_data_ptr<int64_t>();
+  const std::optional<int64_t> kept = cpu::count_kept(
+      cpu::active(), torch_threads(), reinterpret_cast<const uint64_t*>(words), words + (numel + 63) / 64, numel);
+  STD_TORCH_CHECK(kept.has_value(), name, ": expected counts that agree with its bits, and no bits past ", numel,
+                  " elements");
+  return *kept;
+}
+
+inline void check_packed(const std::string& name, const Tensor& values, const Tensor& mask, int64_t numel,
+                         const Tensor& other) {
+  check_packed_layout(name, values, mask, numel, other);
+  const int64_t kept = check_mask(name + "mask", mask, numel, other);
+  STD_TORCH_CHECK(values.size(0) >= kept, name, "values: expected at least ", kept,
+                  " elements, as the mask counts, got ", values.size(0));
 }
 
 // A tensor of `size`. What a size asks for may be absurd, of a large padding say, but never wraps. torch's own message would be lost

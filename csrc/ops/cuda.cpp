@@ -117,9 +117,9 @@ std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor 
 // Samples [begin, end) of the dense tensor, where `size` has any; all of it otherwise.
 Tensor unpack(const Tensor& values, const Tensor& mask, Ints size, int64_t begin, int64_t end, bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
+    check_extents("size", size);
     const int64_t numel = product(size);
-    check_packed_layout("packed", values, mask, numel);
-    check_same_device("mask", mask, values);
+    check_packed_layout("", values, mask, numel, values);
     STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
                     to_string(size));
     const OnDevice device(values);
@@ -168,8 +168,9 @@ struct Cuda {
   static Tensor empty(const Ints& size, const Tensor& like, bool channels_last) {
     return cuda_ops::empty(size, like.scalar_type(), like, channels_last);
   }
-  static void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel) {
-    check_packed_layout(name, values, mask, numel);
+  static void check_packed(const char* name, const Tensor& values, const Tensor& mask, int64_t numel,
+                           const Tensor& like) {
+    check_packed_layout(name, values, mask, numel, like);
   }
   template <typename T>
   static cuda::PackedView<T> packed(const Tensor& values, const Tensor& mask, int64_t numel) {

@@ -36,6 +36,15 @@ def least_kept(keep: int) -> int:
     return max(0, min(keep - keep // 5, keep - _SLACK))
 
 
+def _check_devices(tensor: Tensor, **others: Tensor | None) -> None:
+    """Raise where one is elsewhere: among tensors on the CPU, one on "meta" brings the call here."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise RuntimeError(
+                f"{name}: expected the device of the other arguments, {tensor.device}, got {other.device}"
+            )
+
+
 @torch.library.register_fake("swat_ext::kth_magnitude")
 def _(input: Tensor, k: int) -> Tensor:
     return input.new_empty(())
@@ -45,6 +54,7 @@ def _(input: Tensor, k: int) -> Tensor:
 def _compress(
     input: Tensor, threshold: Tensor, *, keep: int | None = None, padded: bool = False
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(input, threshold=threshold)
     padding = padded and keep is not None
     length = most_kept(keep, input.numel()) if padding else torch.library.get_ctx().new_dynamic_size()  # type: ignore[arg-type]
     return input.new_empty([length]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
@@ -57,16 +67,19 @@ def _(input: Tensor, threshold: Tensor, clock: Tensor, keep: int, period: int, p
 
 @torch.library.register_fake("swat_ext::take")
 def _(input: Tensor, mask: Tensor, count: int) -> Tensor:
+    _check_devices(input, mask=mask)
     return input.new_empty([count])
 
 
 @torch.library.register_fake("swat_ext::decompress")
 def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    _check_devices(values, mask=mask)
     return empty(values, size, channels_last)
 
 
 @torch.library.register_fake("swat_ext::decompress_part")
 def _(values: Tensor, mask: Tensor, size: Sequence[int], begin: int, end: int, channels_last: bool) -> Tensor:
+    _check_devices(values, mask=mask)
     return empty(values, [end - begin, *size[1:]], channels_last)
 
 
@@ -83,6 +96,7 @@ def _(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_devices(input, weight_values=weight_values, weight_mask=weight_mask, bias=bias)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
     return empty(input, geometry.output_size(input.shape, weight_size), channels_last)
 
@@ -100,6 +114,7 @@ def _(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_devices(grad_output, weight_values=weight_values, weight_mask=weight_mask)
     return empty(grad_output, input_size, channels_last)
 
 
@@ -116,6 +131,7 @@ def _(
     groups: int,
     channels_last: bool = False,
 ) -> Tensor:
+    _check_devices(grad_output, input_values=input_values, input_mask=input_mask)
     return empty(grad_output, weight_size, channels_last)
 
 
@@ -123,16 +139,19 @@ def _(
 def _(
     input: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_size: Sequence[int], bias: Tensor | None
 ) -> Tensor:
+    _check_devices(input, weight_values=weight_values, weight_mask=weight_mask, bias=bias)
     return input.new_empty([*input.shape[:-1], weight_size[0]])
 
 
 @torch.library.register_fake("swat_ext::linear_input_grad")
 def _(grad_output: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_size: Sequence[int]) -> Tensor:
+    _check_devices(grad_output, weight_values=weight_values, weight_mask=weight_mask)
     return grad_output.new_empty([*grad_output.shape[:-1], weight_size[1]])
 
 
 @torch.library.register_fake("swat_ext::linear_weight_grad")
 def _(grad_output: Tensor, input_values: Tensor, input_mask: Tensor, weight_size: Sequence[int]) -> Tensor:
+    _check_devices(grad_output, input_values=input_values, input_mask=input_mask)
     return grad_output.new_empty(list(weight_size))
 
 

@@ -262,7 +262,7 @@ TEST(PackAxis, PutsNeighbouringOutputsSideBySide) {
       for (int64_t i = 0; i < tile; ++i) ASSERT_EQ(axis.source.at(axis.tap[k] + i), taps[k] + i * step);
     }
     // No coordinate is packed twice.
-    std::vector<int32_t> sorted = axis.source;
+    std::vector<int64_t> sorted = axis.source;
     std::sort(sorted.begin(), sorted.end());
     EXPECT_EQ(std::adjacent_find(sorted.begin(), sorted.end()), sorted.end());
   }

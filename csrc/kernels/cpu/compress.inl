@@ -192,6 +192,16 @@ inline void count_blocks(const uint64_t* words, int64_t numel, int64_t begin, in
   }
 }
 
+// Whether the ranks of blocks [begin, end) and of the block after them are what the bits before them count.
+inline bool ranks_agree(const uint64_t* words, const int64_t* ranks, int64_t numel, int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(numel, kBlockBits);
+  bool agree = begin > 0 || ranks[0] == 0;
+  for (int64_t i = begin; i < std::min(end, blocks - 1); ++i) {
+    agree &= ranks[i + 1] - ranks[i] == count_bits(words, i * kBlockBits, (i + 1) * kBlockBits);
+  }
+  return agree;
+}
+
 // Write planes [begin, end) from the packed form, dropped elements zero.
 template <typename T>
 void decompress_planes(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
 #include "convolution.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -73,13 +74,13 @@ void run_gather(const KernelTable& table, const Parallel& parallel, const ConvGe
   const int64_t packed_width = plan.columns.source.size();
   const int64_t pixel_bytes = table.vector_bytes;
   const int64_t channel_bytes = static_cast<int64_t>(plan.rows.source.size()) * packed_width * pixel_bytes;
-  std::vector<int32_t> element_offset(group_in * taps), element_row(group_in * taps);
+  std::vector<int32_t> element_offset(group_in * taps), element_row(problem.backward ? group_in * taps : 0);
   for (int64_t element = 0; element < group_in * taps; ++element) {
     const int64_t channel = element / taps, tap = element % taps;
     const int32_t row = plan.rows.tap[tap / geometry.kernel_width],
                   column = plan.columns.tap[tap % geometry.kernel_width];
     const int64_t in_block = problem.backward ? 0 : channel % plan.block_channels * channel_bytes;
-    element_row[element] = static_cast<int32_t>(channel);
+    if (problem.backward) element_row[element] = static_cast<int32_t>(channel);
     element_offset[element] = row < 0 || column < 0
                                   ? WeightListParams<T>::kAbsent
                                   : static_cast<int32_t>(in_block + (row * packed_width + column) * pixel_bytes);
@@ -138,14 +139,35 @@ void run_gather(const KernelTable& table, const Parallel& parallel, const ConvGe
   });
 }
 
-// Input coordinates, relative to `residue + stride * m`, that the taps of an axis send gradient from.
-std::vector<int64_t> backward_taps(int64_t taps, int64_t stride, int64_t dilation, int64_t pad, int64_t residue) {
-  std::vector<int64_t> found;
+// Input coordinates, relative to `residue + stride * m`, that the taps of an axis send gradient from: for each residue that meets a tap,
+// in order.
+std::map<int64_t, std::vector<int64_t>> residues(int64_t pixels, int64_t taps, int64_t stride, int64_t dilation,
+                                                 int64_t pad) {
+  std::map<int64_t, std::vector<int64_t>> found;
   for (int64_t tap = 0; tap < taps; ++tap) {
-    const int64_t at = residue + pad - tap * dilation;
-    found.push_back(at % stride == 0 ? at / stride : kNoTap);
+    const int64_t ahead = (tap * dilation - pad) % stride, residue = ahead < 0 ? ahead + stride : ahead;
+    if (residue >= pixels) continue;
+    auto& of_residue = found[residue];
+    of_residue.resize(taps, kNoTap);
+    of_residue[tap] = (residue + pad - tap * dilation) / stride;
   }
   return found;
+}
+
+template <typename T>
+void fill_zeros(const Parallel& parallel, const ImageView<T>& image) {
+  parallel(image.batch * image.height, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* const data = image.data + row / image.height * image.batch_stride + row % image.height * image.row_stride;
+      const bool across = image.channel_stride < image.column_stride;
+      const int64_t outer = across ? image.width : image.channels, inner = across ? image.channels : image.width;
+      const int64_t outer_stride = across ? image.column_stride : image.channel_stride;
+      const int64_t inner_stride = across ? image.channel_stride : image.column_stride;
+      for (int64_t i = 0; i < outer; ++i) {
+        for (int64_t j = 0; j < inner; ++j) data[i * outer_stride + j * inner_stride] = 0;
+      }
+    }
+  });
 }
 
 std::vector<int64_t> forward_taps(int64_t taps, int64_t dilation, int64_t pad) {
@@ -176,8 +198,13 @@ void convolution_input_grad(const KernelTable& table, const Parallel& parallel, 
                             const ImageView<const T>& grad_output, const PackedView<T>& weight,
                             const ImageView<T>& grad_input) {
   // Inputs whose coordinates agree modulo the stride meet the same taps: each such part is a convolution without stride.
-  for (int64_t i = 0; i < std::min(g.stride_height, g.in_height); ++i) {
-    for (int64_t j = 0; j < std::min(g.stride_width, g.in_width); ++j) {
+  const auto rows = residues(g.in_height, g.kernel_height, g.stride_height, g.dilation_height, g.pad_top);
+  const auto columns = residues(g.in_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left);
+  const bool all = rows.size() == static_cast<size_t>(std::min(g.stride_height, g.in_height)) &&
+                   columns.size() == static_cast<size_t>(std::min(g.stride_width, g.in_width));
+  if (!all) fill_zeros(parallel, grad_input);
+  for (const auto& [i, row_taps] : rows) {
+    for (const auto& [j, column_taps] : columns) {
       ImageView<T> part = grad_input;
       part.data += i * part.row_stride + j * part.column_stride;
       part.height = (g.in_height - i + g.stride_height - 1) / g.stride_height;
@@ -189,8 +216,8 @@ void convolution_input_grad(const KernelTable& table, const Parallel& parallel, 
                      .output = part,
                      .step_h = 1,
                      .step_w = 1,
-                     .row_taps = backward_taps(g.kernel_height, g.stride_height, g.dilation_height, g.pad_top, i),
-                     .column_taps = backward_taps(g.kernel_width, g.stride_width, g.dilation_width, g.pad_left, j),
+                     .row_taps = row_taps,
+                     .column_taps = column_taps,
                      .bias = nullptr,
                      .backward = true});
     }

@@ -43,7 +43,10 @@ void plan_tiles(int64_t lanes, DepthwiseParams<T>& p) {
 }  // namespace
 
 bool suits_depthwise(const ConvGeometry& g, int64_t lanes) {
-  return g.group_out() <= kMostGroupOut && g.group_in() * g.group_out() <= kMostPairs && g.out_channels >= lanes / 2 &&
+  // What lies around the image is packed too: little of it.
+  const int64_t read = (g.out_width - 1) * g.stride_width + extent_width(g);
+  return g.pad_left <= kMostExtent && read <= g.pad_left + g.in_width + kMostExtent && g.group_out() <= kMostGroupOut &&
+         g.group_in() * g.group_out() <= kMostPairs && g.out_channels >= lanes / 2 &&
          extent_height(g) * extent_width(g) <= kMostExtent;
 }
 

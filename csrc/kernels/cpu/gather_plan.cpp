@@ -3,10 +3,15 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
 
 namespace swat::cpu {
 namespace {
 
+constexpr int64_t kTileBytes =
+    256 << 20;  // at most, of channels together: offsets have 32 bits, and each thread has a tile
 constexpr int64_t kBlockChannels[] = {8, 16, 32, 64, 128, kMostBlockChannels};
 constexpr int64_t kStackedTiles[] = {1, 2, 4};
 constexpr double kL1Bytes = 28 << 10;  // of 32 KiB: lists and sums pass through it too
@@ -67,31 +72,25 @@ double estimate(const GatherShape& shape, const GatherPlan& plan, const Register
 }  // namespace
 
 PackedAxis pack_axis(int64_t tile, int64_t step, const std::vector<int64_t>& taps) {
-  std::vector<int64_t> sorted;
-  for (int64_t tap : taps) {
-    if (tap != kNoTap) sorted.push_back(tap);
+  auto remainder = [step](int64_t tap) { return tap - floor_div(tap, step) * step; };
+  std::vector<size_t> order;
+  for (size_t i = 0; i < taps.size(); ++i) {
+    if (taps[i] != kNoTap) order.push_back(i);
   }
-  auto quotient = [step](int64_t tap) { return floor_div(tap, step); };
-  auto remainder = [&](int64_t tap) { return tap - quotient(tap) * step; };
-  auto before = [&](int64_t a, int64_t b) {
-    return remainder(a) != remainder(b) ? remainder(a) < remainder(b) : a < b;
-  };
-  std::sort(sorted.begin(), sorted.end(), before);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return std::pair(remainder(taps[a]), taps[a]) < std::pair(remainder(taps[b]), taps[b]);
+  });
   PackedAxis axis;
-  std::vector<std::pair<int64_t, int32_t>> placed;  // tap, packed position
-  for (int64_t tap : sorted) {
+  axis.tap.assign(taps.size(), -1);
+  int64_t last = kNoTap;
+  for (size_t i : order) {
+    const int64_t tap = taps[i];
     int64_t first = tap;  // first coordinate that is not laid out yet
-    if (!placed.empty() && remainder(placed.back().first) == remainder(tap)) {
-      const int64_t end = placed.back().first + tile * step;
-      if (end >= tap) first = end;
-    }
-    // The tap's coordinates end with those laid out last, so its position follows from the end.
-    for (int64_t at = first; at < tap + tile * step; at += step) axis.source.push_back(static_cast<int32_t>(at));
-    placed.emplace_back(tap, static_cast<int32_t>(axis.source.size() - tile));
-  }
-  for (int64_t tap : taps) {
-    const auto found = std::find_if(placed.begin(), placed.end(), [tap](const auto& p) { return p.first == tap; });
-    axis.tap.push_back(found == placed.end() ? -1 : found->second);
+    if (last != kNoTap && remainder(last) == remainder(tap)) first = std::max(tap, last + tile * step);
+    last = tap;
+    // Coordinates that the tap before has laid out are the last ones there are, so its position follows from the end.
+    for (int64_t at = first; at < tap + tile * step; at += step) axis.source.push_back(at);
+    axis.tap[i] = static_cast<int32_t>(axis.source.size() - tile);
   }
   // A pass without taps still has outputs to write: give it one pixel, which nothing reads.
   if (axis.source.empty()) axis.source.push_back(0);
@@ -110,16 +109,25 @@ GatherPlan plan_gather(const GatherShape& shape, const RegisterTile* tiles, int 
       if (stacked > 1 && plan.tile_height >= shape.out_height + tiles[i].height) continue;
       plan.rows = pack_axis(plan.tile_height, shape.step_h, shape.row_taps);
       plan.columns = pack_axis(plan.tile_width, shape.step_w, shape.column_taps);
+      const int64_t channel_bytes =
+          static_cast<int64_t>(plan.rows.source.size() * plan.columns.source.size()) * shape.vector_bytes;
+      const int64_t most = std::max(kTileBytes / channel_bytes, int64_t{channel_bytes <= INT32_MAX});
       for (int64_t channels : kBlockChannels) {
-        plan.block_channels = channels;
+        plan.block_channels = std::min(channels, most);
+        if (most == 0) break;
         const double cost = estimate(shape, plan, tiles[i]);
         if (cost < best_cost) {
           best_cost = cost;
           best = plan;
         }
-        if (channels >= shape.group_channels * shape.groups) break;
+        if (channels >= std::min(most, shape.group_channels * shape.groups)) break;
       }
     }
+  }
+  if (best_cost == std::numeric_limits<double>::infinity()) {
+    throw std::invalid_argument(
+        "weight_size: expected a kernel that reads at most 2^31 bytes of a channel in one tile, got " +
+        std::to_string(shape.row_taps.size()) + "x" + std::to_string(shape.column_taps.size()) + " taps");
   }
   block_channels(shape, best);
 

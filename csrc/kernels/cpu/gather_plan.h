@@ -13,7 +13,7 @@ inline constexpr int64_t kNoTap = INT64_MIN;
 
 // One axis of a packed tile.
 struct PackedAxis {
-  std::vector<int32_t> source;  // input coordinate of each packed position, relative to the tile
+  std::vector<int64_t> source;  // input coordinate of each packed position, relative to the tile
   std::vector<int32_t> tap;     // packed position of each tap for the tile's first output; -1 for kNoTap
 };
 
@@ -42,7 +42,7 @@ struct GatherPlan {
   int64_t lists = 0;
 };
 
-// The plan with the least estimated time. It changes no result: every output sums the same products in the same order under any.
+// The plan with the least estimated time among those whose tile fits 32-bit offsets. It changes no result: every output sums the same products in the same order under any.
 GatherPlan plan_gather(const GatherShape& shape, const RegisterTile* tiles, int tile_count, int64_t threads);
 
 }  // namespace swat::cpu

@@ -29,6 +29,7 @@ constexpr Kernels<T> kernels_of() {
       .compress_scratch = compress_scratch<T>,
       .compress_planes = compress_planes<T>,
       .count_blocks = count_blocks,
+      .ranks_agree = ranks_agree,
       .decompress_planes = decompress_planes<T>,
       .take_planes = take_planes<T>,
       .take_samples = take_samples<T>,

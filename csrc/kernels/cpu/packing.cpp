@@ -1,6 +1,7 @@
 #include "packing.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -97,6 +98,26 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
       if (parts[i]->kept > 0) std::memcpy(values + offsets[i], parts[i]->values.data(), parts[i]->kept * sizeof(T));
     }
   });
+}
+
+std::optional<int64_t> count_kept(const KernelTable& table, const Parallel& parallel, const uint64_t* words,
+                                  const int64_t* ranks, int64_t numel) {
+  if (numel == 0) return 0;
+  const int64_t blocks = ceil_div(numel, kBlockBits);
+  std::atomic<bool> agree = numel % 64 == 0 || words[numel / 64] >> (numel % 64) == 0;
+  parallel(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    if (!table.float32.ranks_agree(words, ranks, numel, begin, end)) agree = false;
+  });
+  if (!agree) return std::nullopt;
+  return kept_elements(words, ranks, numel);
+}
+
+int64_t kept_elements(const uint64_t* words, const int64_t* ranks, int64_t numel) {
+  if (numel == 0) return 0;
+  const int64_t last = (numel - 1) / kBlockBits;
+  int64_t kept = ranks[last];
+  for (int64_t i = last * (kBlockBits / 64); i < ceil_div(numel, 64); ++i) kept += std::popcount(words[i]);
+  return kept;
 }
 
 template <typename T>

@@ -1,7 +1,9 @@
 // Selection and packing on the CPU: the k-th largest magnitude, compression, decompression.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 
 #include "parallel.h"
 #include "params.h"
@@ -18,6 +20,13 @@ T kth_magnitude(const KernelTable& table, const Parallel& parallel, const T* dat
 template <typename T>
 void compress(const KernelTable& table, const Parallel& parallel, const PlanesView<const T>& view, T threshold,
               uint64_t* words, int64_t* ranks, const std::function<T*(int64_t kept)>& allocate);
+
+// The number of elements that a mask keeps, or nothing where its ranks do not agree with its bits, or bits are set past `numel`.
+std::optional<int64_t> count_kept(const KernelTable& table, const Parallel& parallel, const uint64_t* words,
+                                  const int64_t* ranks, int64_t numel);
+
+// The same of a mask that is known to agree: only its last block is read.
+int64_t kept_elements(const uint64_t* words, const int64_t* ranks, int64_t numel);
 
 // Write to `values` the elements of `view` whose bits are set in `packed`, whose own values are not read.
 template <typename T>

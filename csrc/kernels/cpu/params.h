@@ -111,8 +111,8 @@ struct GatherParams {
   ImageView<T> output;  // [N, rows, grid height, grid width]
   int64_t step_h, step_w;
   const T* bias;                // [rows] or null
-  const int32_t* tile_rows;     // [packed_height] input row of each packed row, relative to the tile
-  const int32_t* tile_columns;  // [packed_width]
+  const int64_t* tile_rows;     // [packed_height] input row of each packed row, relative to the tile
+  const int64_t* tile_columns;  // [packed_width]
   int64_t packed_height, packed_width;
   int shape;  // index into the register tiles of the instruction set
   int64_t tile_height, tile_width;

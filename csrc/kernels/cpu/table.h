@@ -30,11 +30,12 @@ struct Kernels {
   // magnitude.inl: elements
   void (*magnitude_histogram)(const T* data, int64_t begin, int64_t end, uint64_t prefix, int shift, int64_t* counts);
 
-  // compress.inl: planes; blocks of the rank directory; planes; planes; samples
+  // compress.inl: planes; blocks of the rank directory; the same; planes; planes; samples
   int64_t (*compress_scratch)(const PlanesView<const T>& view);
   int64_t (*compress_planes)(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words,
                              T* scratch, T* out);
   void (*count_blocks)(const uint64_t* words, int64_t numel, int64_t begin, int64_t end, int64_t* counts);
+  bool (*ranks_agree)(const uint64_t* words, const int64_t* ranks, int64_t numel, int64_t begin, int64_t end);
   void (*decompress_planes)(const PackedView<T>& packed, const PlanesView<T>& view, int64_t begin, int64_t end);
   void (*take_planes)(const PackedView<T>& packed, const PlanesView<const T>& view, int64_t begin, int64_t end,
                       T* values);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <stdexcept>
+#include <string>
 
 namespace swat::cpu {
 namespace {
@@ -9,15 +11,17 @@ namespace {
 constexpr double kTileBytes = 24 << 10;       // dy of one tile, mostly in L1
 constexpr double kSparseTileBytes = 1 << 10;  // and as much more for each 1 / density: short lists cost more than L2
 constexpr double kMostTileBytes = 48 << 10;
-constexpr int64_t kBatchBytes = 64 << 10;    // dy of the tiles packed together, one block of output channels, in L2
-constexpr int64_t kListBytes = 256 << 10;    // their lists of activations
-constexpr int64_t kDirectBytes = 256 << 10;  // the same where all tiles are packed together
+constexpr double kLargestTileBytes = 512 << 20;  // where a dilated kernel takes more: offsets have 32 bits
+constexpr int64_t kBatchBytes = 64 << 10;        // dy of the tiles packed together, one block of output channels, in L2
+constexpr int64_t kListBytes = 256 << 10;        // their lists of activations
+constexpr int64_t kDirectBytes = 256 << 10;      // the same where all tiles are packed together
 constexpr int64_t kDirectListBytes = 2 << 20;
 constexpr int64_t kReadBytes = 128;            // of one pixel of dy at once: neighbouring cache lines
 constexpr int64_t kPartialElements = 1 << 20;  // sums kept apart, all slices together
 constexpr int64_t kMostSlices = 8;
-constexpr int64_t kRunTaps = 3;     // taps a run has along one axis at most
-constexpr int64_t kLongRow = 4096;  // columns of a tile at most
+constexpr int64_t kRunTaps = 3;        // taps a run has along one axis at most
+constexpr int64_t kHaloColumns = 256;  // of a tile, where a wide kernel reads more around it than in it
+constexpr int64_t kLongRow = 4096;     // columns of a tile at most
 
 // The taps that an input coordinate with one remainder modulo the stride meets, and where its gradient lies.
 struct AxisTap {
@@ -112,12 +116,26 @@ WeightGradPlan plan_weight_grad(const ConvGeometry& g, int64_t element_bytes, in
   plan.vectors = most_vectors(row_taps * column_taps);
   while (plan.vectors > 1 && plan.vectors / 2 * lanes >= g.group_out()) plan.vectors /= 2;
 
+  // A row of pixels, and what the kernel reads around them.
+  auto least_bytes = [&] {
+    return (1.0 + static_cast<double>(halo_rows)) * static_cast<double>(kHaloColumns + halo_columns) *
+           static_cast<double>(plan.vectors * lanes * element_bytes);
+  };
+  while (plan.vectors > 1 && least_bytes() > kLargestTileBytes) plan.vectors /= 2;
+  if (least_bytes() > kLargestTileBytes) {
+    throw std::invalid_argument(
+        "dilation: the weight gradient takes dilated kernels of at most 2^29 bytes of output gradients, got " +
+        std::to_string(g.kernel_height) + "x" + std::to_string(g.kernel_width) + " taps with dilation [" +
+        std::to_string(g.dilation_height) + ", " + std::to_string(g.dilation_width) + "]");
+  }
+
   // Tiles: whole rows if they fit, then as many rows as fit, then as many samples.
   const int64_t pixel_bytes = plan.vectors * lanes * element_bytes;
   const int64_t height = ceil_div(g.in_height, g.stride_height), width = ceil_div(g.in_width, g.stride_width);
   const double tile_bytes = std::min(kTileBytes + kSparseTileBytes / std::max(density, 1e-3), kMostTileBytes);
   const int64_t pixels = std::max<int64_t>(static_cast<int64_t>(tile_bytes) / pixel_bytes, 1);
-  const int64_t widest = std::max<int64_t>({pixels / (1 + halo_rows) - halo_columns, 2 * halo_columns, 8});
+  const int64_t widest =
+      std::max<int64_t>({pixels / (1 + halo_rows) - halo_columns, std::min(2 * halo_columns, kHaloColumns), 8});
   plan.tile_columns = even_cut(width, std::min(widest, kLongRow));
   plan.grad_columns = plan.tile_columns + halo_columns;
   plan.tile_rows = even_cut(height, pixels / plan.grad_columns - halo_rows);

@@ -1,10 +1,16 @@
 #include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "convolution.h"
 #include "depthwise_gradient.h"
+#include "packing.h"
 #include "weight_grad_plan.h"
 
 namespace swat::cpu {
@@ -19,6 +25,23 @@ void join_pixels(ConvGeometry& g, ImageView<const T>& grad) {
   join_rows(grad);
   g.in_width = g.out_width = grad.width;
   g.in_height = g.out_height = grad.height;
+}
+
+// Whether none of them is infinite or NaN. Written on bits, so that a vector is tested at a time.
+template <typename T>
+bool all_finite(const Parallel& parallel, const T* data, int64_t count) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
+  std::atomic<bool> finite = true;
+  parallel(count, 1 << 15, [&](int64_t begin, int64_t end) {
+    Bits found = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      // Adding one to a full exponent carries into the sign.
+      found |= (std::bit_cast<Bits>(data[i]) & kExponent) + (kExponent & -kExponent);
+    }
+    if (found >> (sizeof(T) * 8 - 1)) finite = false;
+  });
+  return finite;
 }
 
 }  // namespace
@@ -40,12 +63,15 @@ void convolution_weight_grad(const KernelTable& table, const Parallel& parallel,
     std::fill_n(grad_weight, weights, T{0});
     return;
   }
+  const int64_t kept_count = kept_elements(input.words, input.ranks, input.numel);
   const Kernels<T>& kernels = table.of<T>();
   const int64_t lanes = kernels.lanes;
   if (suits_depthwise(g, lanes)) {
-    return depthwise_weight_grad(table, parallel, g, grad_output, input, grad_weight, channels_last);
+    // It multiplies the zeros of dropped activations too, which shows where a factor is not finite: lists then do it again.
+    depthwise_weight_grad(table, parallel, g, grad_output, input, grad_weight, channels_last);
+    if (all_finite(parallel, grad_weight, weights) && all_finite(parallel, input.values, kept_count)) return;
   }
-  const double kept = static_cast<double>(input.ranks[(input.numel - 1) / kBlockBits]);
+  const double kept = static_cast<double>(kept_count);
   const WeightGradPlan plan =
       plan_weight_grad(g, sizeof(T), lanes, table.weight_grad_vectors, kept / static_cast<double>(input.numel));
   const int64_t width = plan.vectors * lanes;
