@@ -6,6 +6,7 @@ in medians of CUDA events; dense convolutions are timed in both layouts and the 
 
 import argparse
 import contextlib
+import itertools
 import re
 import statistics
 import time
@@ -18,9 +19,11 @@ from common import commit, markdown, percentages, today, write_json
 from torch import Tensor, nn
 
 import swat_ext
+from swat_ext.config import Backend
 from swat_ext.models.resnet import resnet50
-from swat_ext.ops import library as ops
+from swat_ext.ops import dense as dense_kernels
 from swat_ext.ops.arguments import HAS_CUDA
+from swat_ext.ops.geometry import Geometry
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 # Name, batch, channels in and out, size, kernel, stride: layers of ResNet-50 at 224 and of a CIFAR ResNet-18.
@@ -64,20 +67,21 @@ def tf32(allowed: bool) -> Iterator[None]:
 def packed(tensor: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     keep = swat_ext.functional.keep_count(tensor.numel(), sparsity)
     threshold = torch.ops.swat_ext.kth_magnitude(tensor, keep)
-    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, capacity=ops.capacity(keep, tensor.numel()))
+    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, padded=True)
 
 
 def bench_layer(
     layer: tuple[str, int, int, int, int, int, int], precision: str, sparsities: list[float]
 ) -> dict[str, Any]:
-    """Milliseconds of each pass: cuDNN's faster layout, and ours for each sparsity."""
+    """Milliseconds of each pass: cuDNN's faster layout, and ours for each sparsity; the weight gradient is unpacking
+    and cuDNN."""
     name, batch, channels, outputs, size, kernel, stride = layer
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     weight = torch.randn(outputs, channels, kernel, kernel, device="cuda").to(dtype)
     input = torch.randn(batch, channels, size, size, device="cuda").to(dtype)
     pad, last = kernel // 2, torch.channels_last
     grad = torch.randn_like(torch.nn.functional.conv2d(input, weight, stride=stride, padding=pad))
-    geometry = ((stride, stride), (pad,) * 4, (1, 1), 1)
+    geometry = Geometry((stride, stride), (pad,) * 4, (1, 1), 1)
     result: dict[str, Any] = {"layer": name, "precision": precision}
 
     def dense(memory_format: torch.memory_format) -> dict[str, Callable[[], object]]:
@@ -101,11 +105,11 @@ def bench_layer(
         for sparsity in sparsities:
             w, a = packed(weight, sparsity), packed(x, sparsity)
             ours = {
-                "forward": lambda w=w, a=a: torch.ops.swat_ext.conv2d(x, weight, None, *w, *a, *geometry, True),
+                "forward": lambda w=w: torch.ops.swat_ext.conv2d(x, *w, weight.shape, None, *geometry, True),
                 "input grad": lambda w=w: torch.ops.swat_ext.conv2d_input_grad(
                     g, *w, weight.shape, x.shape, *geometry, True
                 ),
-                "weight grad": lambda a=a: ops.weight_grad(g, *a, x.shape, weight.shape, *geometry),
+                "weight grad": lambda a=a: dense_kernels.weight_grad(g, *a, x.shape, weight.shape, geometry, True),
             }
             calls.update({f"{key} {sparsity:g}": call for key, call in ours.items()})
         found = times(calls)
@@ -125,7 +129,7 @@ def bench_packing(sparsities: list[float]) -> list[dict[str, Any]]:
             for sparsity in sparsities:
                 keep = swat_ext.functional.keep_count(input.numel(), sparsity)
                 threshold = torch.ops.swat_ext.kth_magnitude(input, keep)
-                limits = {"keep": keep, "capacity": ops.capacity(keep, input.numel())}
+                limits = {"keep": keep, "padded": True}
                 values, mask = torch.ops.swat_ext.compress(input, threshold, **limits)
                 found = times(
                     {
@@ -150,19 +154,19 @@ def bench_packing(sparsities: list[float]) -> list[dict[str, Any]]:
     return rows
 
 
-def bench_step(precision: str, sparsity: float | None, batch: int, steps: int = 6) -> dict[str, Any]:
+def bench_step(precision: str, sparsity: float | None, backend: Backend, batch: int, steps: int = 6) -> dict[str, Any]:
     """Peak memory and median time of a training step of ResNet-50 at 224; ``sparsity`` None is dense cuDNN, NHWC."""
     torch.manual_seed(0)
     model = resnet50(1000).cuda().to(memory_format=torch.channels_last)
     if sparsity is not None:
-        swat_ext.sparsify_(model, swat_ext.SWATConfig(sparsity=sparsity, topk_period=5))
+        swat_ext.sparsify_(model, swat_ext.SWATConfig(sparsity=sparsity, topk_period=5, backend=backend))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     input = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), device="cuda")
     samples = []
     with tf32(precision == "tf32"):
         for number in range(steps + 3):
-            if number == 3:  # the first measure the layers, and take memory to do so
+            if number == 3:  # the first choose cuDNN's kernels, and take memory to do so
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -174,15 +178,13 @@ def bench_step(precision: str, sparsity: float | None, batch: int, steps: int = 
             torch.cuda.synchronize()
             if number >= 3:
                 samples.append((time.perf_counter() - start) * 1e3)
-    chosen = [module.chosen_backend.backend for module in model.modules() if isinstance(module, swat_ext.SWATLayer)]
     return {
         "precision": precision,
         "sparsity": sparsity,
+        "backend": "none" if sparsity is None else backend,
         "batch": batch,
         "step_ms": statistics.median(samples),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "sparse_layers": chosen.count("sparse"),
-        "dense_layers": chosen.count("dense"),
     }
 
 
@@ -264,9 +266,12 @@ def main() -> None:
         ("packing", "packing", lambda: bench_packing(arguments.sparsities))
     ]
     for precision in _PRECISIONS:
-        for sparsity in (None, *arguments.sparsities):
-            label = f"step {precision} {sparsity}"
-            tasks.append(("steps", label, lambda p=precision, s=sparsity: [bench_step(p, s, arguments.batch)]))
+        steps = [(None, "dense"), *itertools.product(arguments.sparsities, ("dense", "sparse"))]
+        for sparsity, backend in steps:
+            label = f"step {precision} {sparsity} {backend}"
+            tasks.append(
+                ("steps", label, lambda p=precision, s=sparsity, b=backend: [bench_step(p, s, b, arguments.batch)])
+            )
         for layer in _LAYERS:
             label = f"layer {layer[0]} {precision}"
             tasks.append(("layers", label, lambda a=layer, p=precision: [bench_layer(a, p, arguments.sparsities)]))

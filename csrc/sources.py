@@ -39,7 +39,6 @@ CUDA_KERNELS = [
     "kernels/cuda/magnitude.cu",
     "kernels/cuda/max_pool.cu",
     "kernels/cuda/relu.cu",
-    "kernels/cuda/weight_grad.cu",
 ]
 CUDA_OPS = ["ops/cuda.cpp", "ops/cuda_layers.cpp"]
 

@@ -88,10 +88,10 @@ class SWATConfig:
             matches stays PyTorch's own.
         batchnorm: what BatchNorm keeps for its backward pass; "exact" its input, "bf16" and "int8" the normalised input
             in two bytes or in one. See :class:`swat_ext.SWATBatchNorm2d`.
-        backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" to time
-            both at a layer's first inputs and keep the faster. Each computes and saves the same. Neither need be as
-            fast as PyTorch's dense layer where a layer is small: :func:`swat_ext.inspect.report` shows the ratio, and
-            ``skip`` leaves such a layer dense.
+        backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" for those that
+            a table of measurements says are faster for such a layer, the same in every process. Each computes and saves
+            the same. Neither need be as fast as PyTorch's own layer where a layer is small: :func:`swat_ext.tune_`
+            measures all three, and ``skip`` leaves a layer dense.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.

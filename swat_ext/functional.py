@@ -346,6 +346,9 @@ def _check_is_packed(name: str, packed: object) -> None:
     for part in ("values", "mask"):
         if not isinstance(getattr(packed, part), Tensor):
             raise TypeError(f"{name}: expected {part} to be a Tensor, got {type(getattr(packed, part)).__name__}")
+    if packed.values.device != packed.mask.device:
+        devices = f"{packed.values.device} and {packed.mask.device}"
+        raise ValueError(f"{name}: expected values and mask on one device, got {devices}")
 
 
 def _check_packed(name: str, packed: Packed, size: torch.Size) -> None:

@@ -58,7 +58,14 @@ def _cuda_skip_reason() -> str:
 
 
 # Marks what needs a GPU, and kernels for it.
-needs_cuda = pytest.mark.skipif(bool(_cuda_skip_reason()), reason=_cuda_skip_reason())
+needs_cuda = pytest.mark.cuda
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _cuda_skip_reason()
+    for item in items:
+        if reason and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])

@@ -55,7 +55,7 @@ def train(
     """The usual loop; returns the losses. ``accumulate`` backwards to each step."""
     losses = []
     for number, (x, y) in enumerate(data, start=1):
-        loss = nn.functional.cross_entropy((forward or model)(x), y)
+        loss = nn.functional.cross_entropy((model if forward is None else forward)(x), y)
         loss.backward()
         losses.append(loss.detach())
         if number % accumulate == 0:

@@ -1,5 +1,6 @@
 """Under torch.compile a sparse model is one graph and takes the very steps that it takes without."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from networks import assert_same_state, batches, sgd, sparse_layers, sparse_netw
 from torch import nn
 
 import swat_ext
+from swat_ext.models.resnet import resnet18
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +19,57 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(model: nn.Module, **options: object) -> nn.Module:
-    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def graphs() -> int:
+    """Graphs compiled since the last reset."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_steps_compile_nothing_anew(backend):
+    torch._dynamo.utils.counters.clear()
+    eager, model = sparse_network(), sparse_network()
+    first, second = sgd(eager), sgd(model)
+    fast = compiled(model, backend)
+    for number in range(8):
+        data = batches(1, first=number)
+        mine, other = train(model, second, data, forward=fast)[0], train(eager, first, data)[0]
+        torch.testing.assert_close(mine, other)
+    assert graphs() == 1
+    for mine, other in zip(sparse_layers(model), sparse_layers(eager), strict=True):
+        assert mine.steps == other.steps == 8
+        assert mine.steps_since_selection == other.steps_since_selection == (2, 2)
+    for number, size in enumerate((6, 3, 5, 7), start=8):
+        data = batches(1, first=number, size=size)
+        mine, other = train(model, second, data, forward=fast)[0], train(eager, first, data)[0]
+        torch.testing.assert_close(mine, other)
+    assert graphs() == 2  # the second for any batch size
+
+
+@pytest.mark.slow
+def test_resnet18_is_one_graph_under_inductor():
+    torch.manual_seed(0)
+    eager = resnet18(10, width=0.125).to(memory_format=torch.channels_last)
+    swat_ext.sparsify_(eager, swat_ext.SWATConfig(sparsity=0.9, topk_period=3, batchnorm="int8"))
+    model = copy.deepcopy(eager)
+    first, second = sgd(eager), sgd(model)
+    torch._dynamo.utils.counters.clear()
+    fast = compiled(model, "inductor")
+    for number in range(5):
+        generator = torch.Generator().manual_seed(number)
+        data = [(torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4))]
+        data = [(x.to(memory_format=torch.channels_last), y) for x, y in data]
+        mine, other = train(model, second, data, forward=fast)[0], train(eager, first, data)[0]
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    assert graphs() == 1
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_training_and_evaluation_are_those_of_eager(scheduled):
-    # Not "auto": it cannot measure what it only traces, and may choose differently.
-    eager, model = sparse_network(backend="sparse"), sparse_network(backend="sparse")
+    eager, model = sparse_network(), sparse_network()
     first, second = sgd(eager), sgd(model)
     if scheduled:
         swat_ext.SWATScheduler(eager, first)
@@ -46,8 +91,7 @@ def test_training_and_evaluation_are_those_of_eager(scheduled):
 
 
 def test_another_batch_size_is_no_obstacle():
-    # Not "auto": it cannot measure what it only traces, and may choose differently.
-    eager, model = sparse_network(backend="sparse"), sparse_network(backend="sparse")
+    eager, model = sparse_network(), sparse_network()
     first, second = sgd(eager), sgd(model)
     fast = compiled(model)
     for number, size in enumerate((4, 6, 3, 5)):

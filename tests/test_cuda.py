@@ -40,10 +40,11 @@ def _train(model: nn.Module, steps: int, device: str) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def full_precision() -> object:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Of cuDNN, and repeatable: it computes the weight gradients."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before
 
 
 def test_trains_as_on_the_cpu() -> None:
@@ -75,7 +76,7 @@ def test_what_is_saved_has_the_length_of_its_budget() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         layer(input)
-    lengths = [ops.capacity(functional.keep_count(t.numel(), 0.9), t.numel()) for t in (layer.weight, input)]
+    lengths = [ops.most_kept(functional.keep_count(t.numel(), 0.9), t.numel()) for t in (layer.weight, input)]
     assert [t.numel() for t in saved if t.is_floating_point()] == lengths
 
 
@@ -84,14 +85,11 @@ def test_cuda_graph() -> None:
     threshold = torch.tensor(0.8, device="cuda")
     static_input = torch.randn(4, 16, 12, 12, device="cuda")
 
+    def packed(tensor: Tensor, keep: int) -> functional.Packed:
+        return functional.Packed(*torch.ops.swat_ext.compress(tensor, threshold, keep=keep, padded=True), tensor.shape)
+
     def step(input: Tensor) -> tuple[Tensor, Tensor]:
-        keep = input.numel() // 5
-        limits = {"keep": keep, "capacity": ops.capacity(keep, input.numel())}
-        packed_input = functional.Packed(*torch.ops.swat_ext.compress(input, threshold, **limits), input.shape)
-        limits = {"keep": weight.numel() // 2, "capacity": weight.numel()}
-        packed_weight = functional.Packed(
-            *torch.ops.swat_ext.compress(weight.detach(), threshold, **limits), weight.shape
-        )
+        packed_input, packed_weight = packed(input, input.numel() // 5), packed(weight.detach(), weight.numel() // 2)
         output = functional.conv2d_packed(input, weight, None, packed_weight, packed_input, padding=1)
         return output, torch.autograd.grad(output.square().sum(), weight)[0]
 
@@ -138,6 +136,31 @@ def test_half_model(dtype: torch.dtype) -> None:
     assert all(parameter.grad.dtype == dtype for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_the_oracle(dtype: torch.dtype) -> None:
+    """Of a layer whose activations are unpacked in several parts, and of a linear layer."""
+    torch.manual_seed(0)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    for weight_size, input_size, function, keywords in (
+        ((48, 64, 3, 3), (64, 64, 56, 56), functional.conv2d, {"padding": 1}),
+        ((48, 64), (700, 64), functional.linear, {}),
+    ):
+        weight = torch.randn(weight_size, dtype=dtype, device="cuda", requires_grad=True)
+        input = torch.randn(input_size, dtype=dtype, device="cuda", requires_grad=True)
+        output = function(input, weight, weight_threshold=1.2, activation_threshold=0.9, **keywords)
+        grad = torch.randn_like(output)
+        got = torch.autograd.grad(output, (input, weight), grad)
+        plain = nn.functional.conv2d if len(weight_size) == 4 else nn.functional.linear
+        x, w = (tensor.detach().double().requires_grad_() for tensor in (input, weight))
+        top_x, top_w = (torch.where(t.detach().abs() < limit, 0, t.detach()) for t, limit in ((x, 0.9), (w, 1.2)))
+        expected = (
+            torch.autograd.grad(plain(x, top_w, **keywords), x, grad.double())[0],
+            torch.autograd.grad(plain(top_x, w, **keywords), w, grad.double())[0],
+        )
+        for ours, theirs in zip(got, expected, strict=True):
+            assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
 def test_millions_of_elements() -> None:
     """More blocks than run at once, and a scan of more than one tile."""
     input = torch.randn(64, 256, 56, 56, device="cuda")
@@ -150,14 +173,6 @@ def test_millions_of_elements() -> None:
         assert torch.equal(packed.values, input[input.abs() >= threshold])
         for channels_last in (False, True):
             assert torch.equal(functional.decompress(packed, channels_last=channels_last), expected)
-
-
-def test_auto_measures_once_and_says_so() -> None:
-    layer = swat_ext.SWATConv2d(32, 32, 3, padding=1, sparsity=0.9).cuda()
-    layer(torch.randn(4, 32, 16, 16, device="cuda")).sum().backward()
-    backend, reason, _ = layer.chosen_backend
-    assert backend in ("sparse", "dense")
-    assert "measured" in reason
 
 
 # --- The layers around ------------------------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
 """The CUDA kernels and their operators against the common oracle: on a GPU, and thread by thread on the CPU."""
 
 import random
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ from checks import assert_identical
 from conftest import Kernels, emulator
 from geometries import LAYOUTS, Geometry, in_layout, random_geometry, random_tensor, random_threshold
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swat_ext import reference
 from swat_ext.ops import library as swat_ops
@@ -17,7 +24,6 @@ from swat_ext.ops.layout import memory_format
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Norm of the difference / norm of the float64 result. Half types: the rounding of the result, as sums are in float32.
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-_TF32_TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,42 +69,55 @@ def test_compress_and_decompress(kernels: Kernels, layout: str, dtype: torch.dty
                 assert torch.equal(dense.nan_to_num(7), wanted.nan_to_num(7)), f"{size}, channels_last {channels_last}"
 
 
-@pytest.mark.parametrize("values", ["gaussian", "ties", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_is_a_slice_of_the_whole(kernels: Kernels, dtype: torch.dtype, generator: torch.Generator) -> None:
+    for size in [(7, 3, 5, 11), (5, 33, 16, 9), (70, 30), (9, 40, 1, 1), (3, 0, 2, 2), (4,)]:
+        input = torch.randn(size, generator=generator).to(kernels.device, dtype)
+        values, mask = kernels.ops.compress(input, torch.tensor(0.6, dtype=dtype, device=kernels.device))
+        whole = reference.top(input, 0.6)
+        for begin, end in ((0, size[0]), (1, 3), (2, 2), (0, 1), (size[0] - 1, size[0])):
+            for channels_last in (False, True)[: 1 + (len(size) == 4)]:
+                part = kernels.ops.decompress_part(values, mask, size, begin, end, channels_last)
+                assert torch.equal(part, whole[begin:end]), f"{begin} to {end} of {size}, {channels_last}"
+                assert not channels_last or part.is_contiguous(memory_format=torch.channels_last)
+        for begin, end in ((-1, 2), (2, 1), (0, size[0] + 1)):
+            with pytest.raises(RuntimeError, match="begin: expected 0 <= begin <= end <= size"):
+                kernels.ops.decompress_part(values, mask, size, begin, end, False)
+
+
+@pytest.mark.parametrize("values", ["gaussian", "ties", "relu", "nan"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_capacity(
-    kernels: Kernels, values: str, memory_format: torch.memory_format, generator: torch.Generator
-) -> None:
-    """Length known beforehand; far too many: select again; still too many: the last ties go. The same as on the CPU."""
+def test_budget(kernels: Kernels, values: str, memory_format: torch.memory_format, generator: torch.Generator) -> None:
+    """Far too many or too few pass: select again; still too many: the last ties go. The same as on the CPU."""
     input = torch.randn(3, 40, 11, 9, generator=generator)
-    input = {"gaussian": input, "ties": input.round(), "relu": input.relu()}[values].contiguous(
-        memory_format=memory_format
-    )
+    some_nan = input.where(torch.rand(input.shape, generator=generator) > 0.1, torch.nan)
+    input = {"gaussian": input, "ties": input.round(), "relu": input.relu(), "nan": some_nan}[values]
+    input = input.contiguous(memory_format=memory_format)
     on_device = input.to(kernels.device)
+    outcomes = set()
     for keep in (1, 300, 2000, input.numel()):
-        length = swat_ops.most_kept(keep, input.numel())
-        for threshold in (0.0, 1.0, 2.5, 100.0):
+        most, limit = swat_ops.most_kept(keep, input.numel()), reference.kth_magnitude(input, keep)
+        for threshold in (-1.0, 0.0, 1.0, 2.5, 100.0, torch.nan):
+            what = f"keep {keep}, threshold {threshold}"
             stale = torch.tensor(threshold)
-            got = [
-                part.cpu() for part in kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=True)
-            ]
-            expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=True)
-            assert got[0].shape == (length,)
-            assert_identical(got[0], expected[0], f"values, keep {keep}, threshold {threshold}")
-            assert_identical(got[1], expected[1], f"mask, keep {keep}, threshold {threshold}")
             exact = reference.compress(input, stale)
-            least = 0 if threshold <= 0 else min(keep - keep // 5, keep - 64)
-            stays = least <= exact.values.numel() <= length
-            if stays:
-                assert_identical(got[1], exact.mask, "mask where enough room was")
-            mask = got[1].to(kernels.device)
-            dense = kernels.ops.decompress(got[0].to(kernels.device), mask, input.shape, False).cpu()
-            kept = dense != 0
-            assert torch.equal(dense[kept], input[kept])
-            if not stays:
-                limit = reference.kth_magnitude(input, keep)
-                assert int((input.abs() > limit).sum()) <= int(kept.sum()) <= length
-                assert limit == 0 or int(kept.sum()) >= keep
-                assert (input[kept].abs() >= limit).all()
+            count = exact.values.numel()
+            few = threshold > 0 and count < min(keep - keep // 5, keep - 64)
+            outcomes.add("many" if count > most else "few" if few else "stays")
+            passing = reference.compress(input, limit) if count > most or few else exact
+            for padded in (False, True):
+                got = kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=padded)
+                expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=padded)
+                for ours, theirs in zip(got, expected, strict=True):
+                    assert torch.equal(ours.cpu().nan_to_num(7), theirs.nan_to_num(7)), f"{what}, padded {padded}"
+                if padded:
+                    assert got[0].shape == (most,)
+                    wanted = passing.values[:most].nan_to_num(7)
+                    assert torch.equal(got[0][: wanted.numel()].cpu().nan_to_num(7), wanted), what
+                    assert not got[0][wanted.numel() :].any(), what
+                else:
+                    assert_identical(got[1].cpu(), passing.mask, what)
+    assert outcomes == {"many", "few", "stays"}
 
 
 _TILES = {
@@ -174,51 +193,25 @@ def _check(kernels: Kernels, geometry: Geometry, rng: random.Random, dtype: torc
         for size in sizes
     )
     bias = random_tensor(sizes[1][:1], dtype, rng, positive=positive).to(kernels.device) if rng.random() < 0.5 else None
-    thresholds = [
-        torch.tensor(random_threshold(tensor.float(), rng), dtype=dtype, device=kernels.device)
-        for tensor in (weight, input)
-    ]
-    packed_weight, packed_input = (
-        kernels.ops.compress(weight, thresholds[0]),
-        kernels.ops.compress(input, thresholds[1]),
-    )
-    arguments, channels_last, weight_channels_last = geometry.arguments, rng.random() < 0.5, rng.random() < 0.5
-    shapes = (input.shape, weight.shape)
+    threshold = torch.tensor(random_threshold(weight.float(), rng), dtype=dtype, device=kernels.device)
+    packed_weight = kernels.ops.compress(weight, threshold)
+    arguments, channels_last = geometry.arguments, rng.random() < 0.5
     got = {
         "output": kernels.ops.conv2d(input, *packed_weight, weight.shape, bias, *arguments, channels_last),
-        "input gradient": kernels.ops.conv2d_input_grad(grad, *packed_weight, *shapes[::-1], *arguments, channels_last),
-        "weight gradient": kernels.ops.conv2d_weight_grad(
-            grad, *packed_input, *shapes, *arguments, weight_channels_last
+        "input gradient": kernels.ops.conv2d_input_grad(
+            grad, *packed_weight, weight.shape, input.shape, *arguments, channels_last
         ),
     }
     top, bottom, left, right = geometry.padding
-    x, w = (tensor.detach().cpu().double().contiguous().requires_grad_() for tensor in (input, weight))
-    kept = [
-        reference.top(tensor, threshold).cpu().double().contiguous()
-        for tensor, threshold in zip((weight, input), thresholds, strict=True)
-    ]
-
-    def convolve(x: Tensor, w: Tensor) -> Tensor:
-        b = None if bias is None else bias.cpu().double()
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), w, b, arguments[0], 0, arguments[2], arguments[3])
-
-    output = convolve(x, kept[0])
-    expected = {
-        "output": output,
-        "input gradient": torch.autograd.grad(output, x, grad.cpu().double())[0],
-        "weight gradient": torch.autograd.grad(convolve(kept[1], w), w, grad.cpu().double())[0],
-    }
+    x = input.detach().cpu().double().contiguous().requires_grad_()
+    kept = reference.top(weight, threshold).cpu().double().contiguous()
+    b = None if bias is None else bias.cpu().double()
+    output = F.conv2d(F.pad(x, (left, right, top, bottom)), kept, b, arguments[0], 0, arguments[2], arguments[3])
+    expected = {"output": output, "input gradient": torch.autograd.grad(output, x, grad.cpu().double())[0]}
     for name, result in got.items():
         error = _relative(result, expected[name])
         assert error <= _TOLERANCE[dtype], f"{name} of {geometry}, {dtype}: {error:.3g}"
-    strides = memory_format(weight_channels_last)
-    assert got["weight gradient"].is_contiguous(memory_format=strides), f"weight gradient of {geometry}"
-    again = kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments)
-    assert_identical(again.float(), got["weight gradient"].float(), f"a second weight gradient of {geometry}")
-    if dtype == torch.float32:
-        rounded = kernels.ops.conv2d_weight_grad(grad, *packed_input, *shapes, *arguments, allow_tf32=True)
-        error = _relative(rounded, expected["weight gradient"])
-        assert error <= _TF32_TOLERANCE, f"weight gradient in tf32 of {geometry}: {error:.3g}"
+        assert result.is_contiguous(memory_format=memory_format(channels_last)), f"{name} of {geometry}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,17 +239,150 @@ def test_large_convolutions(kernels: Kernels, name: str, dtype: torch.dtype) -> 
     _check(kernels, _LARGE[name], random.Random(name), dtype)
 
 
-def test_a_pixel_that_is_not_there_adds_no_nan(kernels: Kernels, generator: torch.Generator) -> None:
-    """Tiles reach past the image: what lies there times a gradient of zero must not be NaN."""
-    input = torch.randn(2, 5, 9, 9, generator=generator)
-    input[:, :, 8, 8] = torch.nan  # stride 3 with kernel 2 never reads it
-    grad = torch.randn(2, 4, 3, 3, generator=generator)
-    for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        packed = kernels.ops.compress(
-            input.to(kernels.device, dtype), torch.tensor(0.0, dtype=dtype, device=kernels.device)
-        )
-        geometry = ((3, 3), (0, 0, 0, 0), (1, 1), 1)
-        result = kernels.ops.conv2d_weight_grad(
-            grad.to(kernels.device, dtype), *packed, input.shape, (4, 5, 2, 2), *geometry, allow_tf32=tf32
-        )
-        assert result.isfinite().all()
+def test_empty_lists(kernels: Kernels, generator: torch.Generator) -> None:
+    """Rows and channels that nothing is kept of, in between others, and residues of the stride that no tap meets."""
+    input = torch.randn(2, 200, 9, 9, generator=generator)
+    for size, stride, groups in (((140, 200, 1, 1), 2, 1), ((72, 100, 2, 2), 3, 2), ((8, 200, 3, 3), 1, 1)):
+        weight = torch.randn(size, generator=generator)
+        weight[:, : size[1] * 2 // 3], weight[70:] = 0, 0
+        threshold = torch.tensor(0.5)
+        kept = reference.top(weight, threshold)
+        values, mask = kernels.ops.compress(weight.to(kernels.device), threshold.to(kernels.device))
+        geometry = ((stride, stride), (0, 0, 0, 0), (1, 1), groups)
+        x = input.double().requires_grad_()
+        expected = F.conv2d(x, kept.double(), None, stride, 0, 1, groups)
+        grad = torch.randn(expected.shape, generator=generator)
+        expected_grad = torch.autograd.grad(expected, x, grad.double())[0]
+        on_device = (input.to(kernels.device), values, mask, size, None)
+        for channels_last in (False, True):
+            output = kernels.ops.conv2d(*on_device, *geometry, channels_last)
+            got = kernels.ops.conv2d_input_grad(
+                grad.to(kernels.device), values, mask, size, input.shape, *geometry, channels_last
+            )
+            assert _relative(output, expected.detach()) < 2e-5
+            assert _relative(got, expected_grad) < 2e-5
+            assert not got.cpu()[expected_grad == 0].any()
+
+
+def test_linear(kernels: Kernels, generator: torch.Generator) -> None:
+    """Rows of any strides; no rows, no features."""
+    weight = torch.randn(37, 90, generator=generator)
+    bias = torch.randn(37, generator=generator)
+    kept = reference.top(weight, 1.0).double()
+    packed = kernels.ops.compress(weight.to(kernels.device), torch.tensor(1.0).to(kernels.device))
+    for make in (
+        lambda size: torch.randn(5, 7, size, generator=generator),
+        lambda size: torch.randn(size, generator=generator),
+        lambda size: torch.randn(7, size, 5, generator=generator).permute(2, 0, 1),
+        lambda size: torch.randn(size, generator=generator).expand(4, 3, size),
+        lambda size: torch.randn(0, size, generator=generator),
+    ):
+        x, grad = make(90), make(37)
+        output = kernels.ops.linear(x.to(kernels.device), *packed, (37, 90), bias.to(kernels.device))
+        got = kernels.ops.linear_input_grad(grad.to(kernels.device), *packed, (37, 90))
+        assert output.is_contiguous()
+        assert got.is_contiguous()
+        assert _relative(output, F.linear(x.double(), kept, bias.double())) < 2e-5
+        assert _relative(got, grad.double() @ kept) < 2e-5
+
+
+def test_select(kernels: Kernels, generator: torch.Generator) -> None:
+    """Before the first step, and a period later: a threshold of this input; in between that of before."""
+    threshold, clock = torch.zeros((), device=kernels.device), torch.tensor([0, -1])
+    expected = torch.tensor(0.0)
+    for step in range(5):
+        input = torch.randn(900, generator=generator)
+        clock[0] = step
+        if step in (0, 3):
+            expected = reference.kth_magnitude(input, 300)
+        got = kernels.ops.select(input.to(kernels.device), threshold, clock, 300, 3, False)
+        assert_identical(threshold.cpu(), expected, f"threshold of step {step}")
+        assert_identical(got[0].cpu(), reference.compress(input, expected).values, f"values of step {step}")
+
+
+def test_what_32_bits_do_not_count_is_refused(kernels: Kernels) -> None:
+    packed = kernels.ops.compress(torch.ones(1, 1, 1, 1, device=kernels.device), torch.tensor(0.0).to(kernels.device))
+    grad = torch.ones(1, 1, 1, 1, device=kernels.device)
+    for stride in ((2**32, 1), (1, 2**31)):
+        with pytest.raises(RuntimeError, match=r"2\^31|CUDA error"):
+            kernels.ops.conv2d_input_grad(
+                grad, *packed, (1, 1, 1, 1), (1, 1, 1, 1), stride, (0, 0, 0, 0), (1, 1), 1, False
+            )
+
+
+def _walk(batch: int, rows: tuple[int, ...], columns: tuple[int, ...], channels: int, element_bytes: int) -> list[int]:
+    """The plan found by trying every number of pieces that each axis may be cut in."""
+    room, best, least = (33 << 10) // element_bytes, [0, 0, 0, 0, 0, 1], 0
+    for pieces_w in range(-(-columns[0] // 256), columns[0] + 1):
+        width = -(-columns[0] // pieces_w)
+        for pieces_h in range(-(-rows[0] // (256 // width)), rows[0] + 1):
+            height = -(-rows[0] // pieces_h)
+            area = ((height - 1) * rows[1] + rows[2]) * ((width - 1) * columns[1] + columns[2])
+            if area > room - 1:
+                continue
+            samples = min(256 // (width * height), batch, (room - 1) // area)
+            patch = samples * area | 1
+            tiles = -(-batch // samples) * -(-rows[0] // height) * -(-columns[0] // width)
+            cost = tiles * (512 + patch)
+            if best[-1] or cost < least:
+                best, least = [samples, height, width, patch, min(room // patch, channels), 0], cost
+    return best
+
+
+def test_plan_of_tiles() -> None:
+    """As good as trying every cut, which for images of 10^12 pixels nobody could."""
+    emulator.load()
+    plan, rng = torch.ops.swat_ext_emulated.plan_gather, random.Random(0)
+
+    def axis(longest: int) -> tuple[int, ...]:
+        return (rng.randint(1, longest), rng.randint(1, 3), rng.choice([1, 1, 2, 3, 7, rng.randint(1, 300)]))
+
+    for number in range(200):
+        longest = rng.choice([8, 60, 300]) if number % 10 else 20000
+        arguments = (rng.randint(1, 70), axis(1 if longest > 300 else longest), axis(longest), rng.randint(1, 99))
+        for element_bytes in (4, 8):
+            assert plan(*arguments, element_bytes) == _walk(*arguments, element_bytes), f"{arguments}"
+    assert plan(1, (1, 1, 1), (10**12, 1, 1), 64, 4) == [1, 1, 256, 257, 32, 0]
+    assert plan(1, (10**12, 1, 3), (10**12, 2, 5), 64, 4)[-1] == 0
+
+
+# --- The tools and the emulator themselves ----------------------------------------------------------------------------
+
+
+def test_each_block_starts_with_fresh_shared_memory() -> None:
+    emulator.load()
+    assert torch.ops.swat_ext_emulated.shared_memory(4096) == 0
+
+
+def test_too_much_shared_memory_is_seen() -> None:
+    """Static and dynamic bytes count together."""
+    emulator.load()
+    load = f"import sys; sys.path.insert(0, {str(Path(emulator.__file__).parent)!r}); import build; build.load()"
+    call = f"{load}; import torch; torch.ops.swat_ext_emulated.shared_memory(int(sys.argv[1]))"
+    assert torch.ops.swat_ext_emulated.shared_memory(48 * 1024 - 64) == 0
+    result = subprocess.run(
+        [sys.executable, "-c", call, str(48 * 1024 - 16)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "bytes of shared memory" in result.stderr
+
+
+def test_the_sanitizer_sees_every_operator() -> None:
+    emulator.load()
+    root = Path(emulator.__file__).parent.parent.parent
+    sources = [(root / "csrc" / "ops" / name).read_text(encoding="utf-8") for name in ("cuda.cpp", "cuda_layers.cpp")]
+    operators = {name for text in sources for name in re.findall(r'm\.impl\("(\w+)"', text)}
+    assert "conv2d" in operators
+    called = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            called.add(func.name().removeprefix("swat_ext_emulated::").split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    main = runpy.run_path(str(root / "tools" / "sanitize_cuda.py"))["main"]
+    with Recorder():
+        main(torch.ops.swat_ext_emulated, "cpu")
+    assert operators <= called

@@ -21,13 +21,13 @@ def _layer(**settings: object) -> SWATConv2d:
 def selected(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by the shape at each selection of a weight's threshold for evaluation."""
     counted: list[object] = []
-    real = selection._threshold
+    real = selection.select_exactly
 
-    def threshold(tensor: torch.Tensor, ratio: tuple[int, int]) -> torch.Tensor:
+    def select(tensor: torch.Tensor, keep: int) -> object:
         counted.extend([tensor.shape] * (tensor.shape[0] == 16))
-        return real(tensor, ratio)
+        return real(tensor, keep)
 
-    monkeypatch.setattr(selection, "_threshold", threshold)
+    monkeypatch.setattr(selection, "select_exactly", select)
     return counted
 
 
@@ -64,7 +64,8 @@ def _swap(layer: SWATLayer) -> None:
 
 
 def _new(layer: SWATLayer) -> None:
-    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    layer.train().weight = nn.Parameter(torch.randn_like(layer.weight))
+    layer.eval()
 
 
 def _sparser(layer: SWATLayer) -> None:
@@ -166,8 +167,11 @@ def test_tracers_are_refused_by_name() -> None:
         torch.jit.trace(model, x)
     with pytest.raises(RuntimeError, match=r"symbolic_trace.*to_dense"):
         torch.fx.symbolic_trace(model)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script.*to_dense"):
+        torch.jit.script(model)
     wanted = model(x)
     dense = to_dense(model)
+    torch.testing.assert_close(torch.jit.script(dense)(x), wanted)
     torch.testing.assert_close(torch.jit.trace(dense, x)(x), wanted)
     torch.testing.assert_close(torch.fx.symbolic_trace(dense)(x), wanted)
 

@@ -202,76 +202,47 @@ def test_a_threshold_of_nan_elements_is_taken() -> None:
 def test_weight_gradient_without_a_packed_input() -> None:
     weight = torch.randn(4, 6, 3, 3, requires_grad=True)
     output = _packed(weight=weight, packed_input=None)
-    with pytest.raises(RuntimeError, match="gradient of weight needs input_values"):
+    with pytest.raises(RuntimeError, match=r"^packed_input: the gradient of weight needs it"):
         output.sum().backward()
 
 
-# --- The operators themselves trust no caller: a wrong mask would make them read memory that is not theirs
+# --- Packed tensors that do not go together
 
 
-def _operator_arguments() -> dict[str, Any]:
-    input, weight = torch.randn(2, 6, 5, 7), torch.randn(4, 6, 3, 3)
-    packed_weight, packed_input = functional.compress(weight, 0.5), functional.compress(input, 0.5)
-    return {
-        "input": input,
-        "weight": weight,
-        "bias": torch.randn(4),
-        "weight_values": packed_weight.values,
-        "weight_mask": packed_weight.mask,
-        "input_values": packed_input.values,
-        "input_mask": packed_input.mask,
-        "stride": [1, 1],
-        "padding": [0, 0, 0, 0],
-        "dilation": [1, 1],
-        "groups": 1,
-        "channels_last": False,
-    }
+def _made(**changes: Any) -> functional.Packed:
+    """1000 elements packed, with parts changed."""
+    return functional.compress(torch.randn(1000), 0.5)._replace(**changes)
 
 
-_BAD_OPERATOR_ARGUMENTS: list[tuple[str, Any]] = [
-    ("input", torch.randn(2, 6, 5)),
-    ("input", torch.randn(2, 5, 5, 7)),
-    ("weight_values", torch.randn(3)),
-    ("weight_values", torch.randn(3).double()),
-    ("weight_mask", torch.zeros(2, dtype=torch.int64)),
-    ("weight_mask", torch.zeros(5, dtype=torch.int32)),
-    ("bias", torch.randn(3)),
-    ("bias", torch.randn(4).double()),
-    ("stride", [0, 1]),
-    ("dilation", [1, 0]),
-    ("padding", [0, 0, -1, 0]),
-    ("groups", 0),
-    ("groups", 5),
-]
+_INCONSISTENT: dict[str, Callable[[], functional.Packed]] = {
+    "another size": lambda: _made(size=torch.Size((1030,))),
+    "a size below 0": lambda: _made(size=torch.Size((-1000,))),
+    "two sizes below 0": lambda: _made(size=torch.Size((-10, -100))),
+    "a size that wraps": lambda: _made(size=torch.Size((2**33, 2**33))),
+    "values too few": lambda: _made(values=torch.randn(3)),
+    "values of integers": lambda: _made(values=torch.ones(1000, dtype=torch.int64)),
+    "values of two dimensions": lambda: _made(values=torch.randn(2, 500)),
+    "values on meta": lambda: _made(values=torch.randn(1000, device="meta")),
+    "a mask of int32": lambda: _made(mask=torch.zeros(17, dtype=torch.int32)),
+    "a mask too short": lambda: _made(mask=torch.zeros(16, dtype=torch.int64)),
+    "ranks that disagree": lambda: _made(mask=torch.full((17,), 5, dtype=torch.int64)),
+    "bits past the end": lambda: functional.Packed(
+        torch.randn(64), torch.tensor([-1, 0], dtype=torch.int64), torch.Size((10,))
+    ),
+}
 
 
-@pytest.mark.parametrize(("name", "value"), _BAD_OPERATOR_ARGUMENTS)
-def test_operator_refuses(name: str, value: Any, isa: str) -> None:
-    arguments = {**_operator_arguments(), name: value}
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=name):
-        torch.ops.swat_ext.conv2d(**arguments)
+@pytest.mark.parametrize("name", _INCONSISTENT)
+def test_an_inconsistent_packed_tensor_is_refused(name: str, isa: str) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"packed|values|mask|size"):
+        functional.decompress(_INCONSISTENT[name]())
 
 
-@pytest.mark.parametrize("extra", [-1, 1])
-def test_gradients_refuse_values_that_the_mask_does_not_count(extra: int, isa: str) -> None:
-    arguments = _operator_arguments()
-    geometry = [arguments[name] for name in ("stride", "padding", "dilation", "groups")]
-    grad_output = torch.randn(2, 4, 3, 5)
-    input_size, weight_size = arguments["input"].shape, arguments["weight"].shape
-
-    def packed(which: str) -> tuple[torch.Tensor, torch.Tensor]:
-        values, mask = arguments[f"{which}_values"], arguments[f"{which}_mask"]
-        return values[:-1] if extra < 0 else torch.cat((values, values[:1])), mask
-
-    with pytest.raises((ValueError, RuntimeError), match="weight_values"):
-        torch.ops.swat_ext.conv2d_input_grad(grad_output, *packed("weight"), weight_size, input_size, *geometry, False)
-    with pytest.raises((ValueError, RuntimeError), match="input_values"):
-        torch.ops.swat_ext.conv2d_weight_grad(grad_output, *packed("input"), input_size, weight_size, *geometry)
-
-
-def test_decompress_refuses_a_mask_of_another_size(isa: str) -> None:
-    packed = functional.compress(torch.randn(1000), 0.5)
-    with pytest.raises((ValueError, RuntimeError), match="mask"):
-        torch.ops.swat_ext.decompress(packed.values, packed.mask, [1030], False)
-    with pytest.raises((ValueError, RuntimeError), match="values"):
-        torch.ops.swat_ext.decompress(packed.values[:-1], packed.mask, [1000], False)
+@pytest.mark.parametrize("packed", [None, torch.randn(3), (1, 2, 3)])
+def test_what_is_not_packed_is_refused(packed: Any) -> None:
+    with pytest.raises(TypeError, match=r"^packed: expected a Packed, got"):
+        functional.decompress(packed)
+    for name in ("packed_weight", "packed_input"):
+        if packed is not None or name == "packed_weight":
+            with pytest.raises(TypeError, match=rf"^{name}: expected a Packed, got"):
+                _packed(**{name: packed})

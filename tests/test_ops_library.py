@@ -23,42 +23,63 @@ def _randn(*size: int, dtype: torch.dtype = torch.float32, requires_grad: bool =
     return torch.randn(size, generator=generator, dtype=dtype).requires_grad_(requires_grad)
 
 
-def _convolutions() -> list[tuple[Any, ...]]:
-    """Arguments of conv2d: layouts, groups, uneven padding, no bias, nothing saved, an empty batch."""
+def _problems() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[Any]]]:
+    """Input, weight, bias and geometry: layouts, groups, uneven padding, no bias, an empty batch."""
     samples = []
-    for batch, groups, padding, channels_last, with_bias, saves in (
-        (3, 1, (1, 1, 1, 1), False, True, True),
-        (3, 1, (1, 1, 1, 1), True, False, True),
-        (2, 2, (0, 1, 2, 0), True, True, True),
-        (2, 1, (0, 0, 0, 0), False, True, False),
-        (0, 1, (0, 0, 0, 0), False, True, True),
+    for batch, groups, padding, channels_last, with_bias in (
+        (3, 1, (1, 1, 1, 1), False, True),
+        (3, 1, (1, 1, 1, 1), True, False),
+        (2, 2, (0, 1, 2, 0), True, True),
+        (0, 1, (0, 0, 0, 0), False, True),
     ):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        input = _randn(batch, 4, 6, 5).contiguous(memory_format=memory_format).requires_grad_()
-        weight = _randn(6, 4 // groups, 3, 2, requires_grad=saves)
-        bias = _randn(6, requires_grad=True) if with_bias else None
-        packed_weight = functional.compress(weight, _THRESHOLD)[:2]
-        packed_input = functional.compress(input, _THRESHOLD)[:2] if saves else (None, None)
-        geometry = ([2, 1], list(padding), [1, 2], groups, channels_last)
-        samples.append((input, weight, bias, *packed_weight, *packed_input, *geometry))
-    return [*samples, (*samples[0], True), (*samples[2], True)]  # the weight saved in place of its kept elements
+        input = _randn(batch, 4, 6, 5).contiguous(memory_format=memory_format)
+        bias = _randn(6) if with_bias else None
+        samples.append(
+            (input, _randn(6, 4 // groups, 3, 2), bias, [[2, 1], list(padding), [1, 2], groups, channels_last])
+        )
+    return samples
+
+
+def _packed(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return functional.compress(tensor, _THRESHOLD)[:2]
+
+
+def _convolutions() -> list[tuple[Any, ...]]:
+    return [(x, *_packed(w), list(w.shape), bias, *geometry) for x, w, bias, geometry in _problems()]
 
 
 def _input_grads() -> list[tuple[Any, ...]]:
-    samples = []
-    for input, weight, _, weight_values, weight_mask, _, _, *geometry in (sample[:12] for sample in _convolutions()):
-        output = _randn(*_output_size(input, weight, geometry))
-        samples.append((output, weight_values, weight_mask, weight.shape, input.shape, *geometry))
-    return samples
+    return [
+        (_randn(*_output_size(x, w, geometry)), *_packed(w), list(w.shape), list(x.shape), *geometry)
+        for x, w, _, geometry in _problems()
+    ]
 
 
 def _weight_grads() -> list[tuple[Any, ...]]:
-    samples = []
-    for input, weight, _, _, _, input_values, input_mask, *geometry in (sample[:12] for sample in _convolutions()):
-        if input_values is not None:
-            output = _randn(*_output_size(input, weight, geometry))
-            samples.append((output, input_values, input_mask, input.shape, weight.shape, *geometry))
-    return samples
+    return [
+        (_randn(*_output_size(x, w, geometry)), *_packed(x), list(x.shape), list(w.shape), *geometry)
+        for x, w, _, geometry in _problems()
+    ]
+
+
+def _linears() -> list[tuple[Any, ...]]:
+    packed = (*_packed(_randn(5, 7)), [5, 7])
+    strided = _randn(7, 3).t()
+    return [(_randn(3, 7), *packed, _randn(5)), (_randn(2, 3, 7), *packed, None), (strided, *packed, _randn(5))]
+
+
+def _linear_input_grads() -> list[tuple[Any, ...]]:
+    packed = (*_packed(_randn(5, 7)), [5, 7])
+    return [(_randn(*lead, 5), *packed) for lead in ((3,), (2, 3), (0,))]
+
+
+def _linear_weight_grads() -> list[tuple[Any, ...]]:
+    return [(_randn(3, 5), *_packed(_randn(7, 3)), [5, 7]), (_randn(2, 3, 5), *_packed(_randn(7, 6)), [5, 7])]
+
+
+def _bias_grads() -> list[tuple[Any, ...]]:
+    return [(_randn(2, 3, 4, 5), 1), (_randn(4, 5), -1), (_randn(1).expand(2, 3, 4, 5), 1), (_randn(0, 3), 1)]
 
 
 def _output_size(input: torch.Tensor, weight: torch.Tensor, geometry: list[Any]) -> tuple[int, ...]:
@@ -97,19 +118,13 @@ def _takes() -> list[tuple[Any, ...]]:
 
 
 def _selections() -> list[tuple[Any, ...]]:
-    """A first selection, one that is due, one that is not, and a threshold that let too much pass."""
-    samples = []
-    for clock, threshold in (
-        ([0, -1, 0, 0, -1, -1, 0, 0], 0.0),
-        ([5, 0, 0, 0, 0, 0, 0, 0], 0.1),
-        ([5, 0, 0, 0, 4, 4, 0, 0], 1.2),
-        ([5, 0, 0, 0, 4, 4, 0, 0], 0.0),
-    ):
-        weight = _randn(4, 6, 3, 3)
-        clocks = torch.tensor(clock)
-        clocks[2] = weight.data_ptr()
-        samples.append((weight, weight, torch.tensor(threshold), clocks, 0, 40, 3))
-    return samples
+    """A first selection, one that is due, one that is not, and thresholds that let too much and too little pass."""
+    weight = _randn(4, 6, 3, 3)
+    return [
+        (weight, torch.tensor(threshold), torch.tensor(clock), 40, 3, padded)
+        for clock, threshold in (([0, -1], 0.0), ([5, 0], 0.1), ([5, 4], 1.2), ([5, 4], 0.0), ([5, 4], 3.0))
+        for padded in (False, True)
+    ]
 
 
 def _relus() -> list[tuple[Any, ...]]:
@@ -174,6 +189,7 @@ def _pool_grads() -> list[tuple[Any, ...]]:
 _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "batch_norm": _norms,
     "batch_norm_backward": _norm_grads,
+    "bias_grad": _bias_grads,
     "compress": _compressions,
     "conv2d": _convolutions,
     "conv2d_input_grad": _input_grads,
@@ -181,9 +197,9 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "decompress": _decompressions,
     "decompress_part": _parts,
     "kth_magnitude": _magnitudes,
-    "masked_conv2d": _convolutions,
-    "masked_conv2d_input_grad": _input_grads,
-    "masked_conv2d_weight_grad": _weight_grads,
+    "linear": _linears,
+    "linear_input_grad": _linear_input_grads,
+    "linear_weight_grad": _linear_weight_grads,
     "max_pool2d": _pools,
     "max_pool2d_backward": _pool_grads,
     "relu": _relus,

@@ -1,5 +1,6 @@
 """report: the numbers, the text, and that it leaves the model alone."""
 
+import dataclasses
 import json
 import math
 import random
@@ -12,7 +13,8 @@ from torch import nn
 import swat_ext
 from swat_ext import SWATConfig, SWATConv2d, SWATLinear, report, sparsify_
 from swat_ext.inspect.flops import layer_macs, packed_bytes, training_flops
-from swat_ext.inspect.table import human_bytes, human_count, human_share, render
+from swat_ext.inspect.table import human_bytes, human_count, human_share, human_shares, render
+from swat_ext.models import build_model
 
 SIZE = (4, 3, 8, 8)
 
@@ -54,7 +56,7 @@ def test_rows_carry_the_settings_the_work_and_the_memory():
 
     assert (conv.kind, conv.sparse, conv.calls) == ("Conv2d 3x3 16->16", True, 1)
     assert (conv.sparsity, conv.activation_sparsity) == (0.8, 0.5)
-    assert (conv.backend, conv.reason, conv.speedup) == model[3].chosen_backend
+    assert (conv.backend, conv.reason) == model[3].chosen_backend
     assert conv.input_size == conv.output_size == (4, 16, 8, 8)
     macs = 4 * 16 * 64 * 16 * 9
     assert conv.dense_flops == 6 * macs
@@ -64,7 +66,7 @@ def test_rows_carry_the_settings_the_work_and_the_memory():
     assert conv.weight_bytes == (36 + 3) * 8  # the elements are in the parameter
     assert conv.saved_bytes == conv.activation_bytes + conv.weight_bytes
 
-    assert strided.kind == "Conv2d 1x1 16->24, stride 2"
+    assert strided.kind == "Conv2d 1x1 16->24, /2"
     assert grouped.kind == "Conv2d 3x3 24->24, 3 groups"
     assert head.kind == "Linear 384->5"
     assert found.dense_flops == sum(row.dense_flops for row in found.layers)
@@ -110,7 +112,7 @@ def test_a_shared_layer_counts_each_call():
     assert len(found.layers) == 1
     assert found.layers[0].calls == 2
     assert found.layers[0].dense_flops == 2 * 6 * 2 * 64
-    assert "Linear 8->8 (called 2 times)" in str(found)
+    assert "Linear 8->8 (2 calls)" in str(found)
 
 
 def test_a_frozen_weight_holds_no_activation():
@@ -136,8 +138,8 @@ def test_without_a_size_there_are_no_flops_and_no_bytes():
     assert (found.dense_flops, found.swat_flops, found.dense_bytes, found.saved_bytes) == (None,) * 4
     assert {row.calls for row in found.layers} == {None}
     text = str(found)
-    assert "Give input_size for FLOPs and bytes." in text
-    assert "FLOPs dense" not in text
+    assert "Give input_size or example_inputs for FLOPs and bytes." in text
+    assert "SWAT" not in text
 
 
 def test_layers_that_are_not_swapped_are_listed_with_the_reason():
@@ -154,8 +156,8 @@ def test_layers_that_are_not_swapped_are_listed_with_the_reason():
         ("unused.0.out_proj", "NonDynamicallyQuantizableLinear"),
     ]
     text = str(found)
-    assert "1                  there is no sparse form of ConvTranspose2d" in text
-    assert "3                  skip='3'" in text
+    assert "there is no sparse form of ConvTranspose2d; nn.Conv2d and nn.Linear have one: 1\n" in text
+    assert "skip='3': 3\n" in text
 
 
 def test_what_is_not_reached_and_not_counted_is_said():
@@ -176,17 +178,19 @@ def test_what_is_not_reached_and_not_counted_is_said():
 
 
 def test_the_table_is_aligned_and_in_human_units():
-    text = str(report(sparse_network(), (64, 3, 8, 8)))
+    model = sparse_network()
+    text = str(report(model, (64, 3, 8, 8)))
     table = text.split("\n\n")[1].splitlines()
     header, rule, *rows, second_rule, total = table
     assert rule == second_rule == "-" * len(rule)
     assert max(map(len, table)) == len(rule)
-    column = header.index("FLOPs dense") + len("FLOPs dense")
+    column = header.index("FLOPs") + len("FLOPs")
     for row in (*rows, total):
         assert row[column - 1] in "kMG"
         assert row[column : column + 2] == "  "
     assert "56.6 M" in text  # 6 * 64 * 16 * 64 * 144 / 10, for layer 3 is 566 M dense
-    assert "sparse: skips 80% of the work" in text
+    why = model[3].chosen_backend
+    assert f"  {why.backend}: {why.reason}: " in text
     assert "Sequential: 4 of 5 layers with weights train sparse; one training step on input 64x3x8x8" in text
 
 
@@ -263,10 +267,101 @@ def test_weight_norm_beside_sparse_layers_is_no_obstacle():
     assert report(model, (2, 8)).layers[0].dense_flops == 6 * 2 * 64
 
 
-def test_integer_inputs():
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10))
+class Tokens(nn.Module):
+    """Takes tokens and a mask, as language models do; ``by_value`` looks at them."""
+
+    def __init__(self, by_value=False) -> None:
+        super().__init__()
+        self.embed, self.head, self.by_value = nn.Embedding(10, 8), nn.Linear(8, 10), by_value
+
+    def forward(self, tokens, mask=None, options=None):
+        if self.by_value:
+            assert tokens.max().item() == 9
+        assert options is None or options["scale"][0] == 2
+        x = self.embed(tokens)
+        return self.head(x if mask is None else x * mask.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_example_inputs_are_tokens_and_several_arguments(form, by_value):
+    model = Tokens(by_value)
     sparsify_(model, SWATConfig(0.5))
-    assert report(model, (2, 5), dtype=torch.long).layers[0].input_size == (2, 5, 8)
+    tokens, mask = torch.arange(10).reshape(2, 5), torch.ones(2, 5)
+    before = tokens.clone()
+    forms = {
+        "tensor": tokens,
+        "tuple": (tokens, mask, {"scale": [2]}),
+        "dict": {"mask": mask, "tokens": tokens, "options": None},
+    }
+    with torch.inference_mode():
+        found = report(model, example_inputs=forms[form])
+    (row,) = found.layers
+    assert (row.input_size, row.output_size, row.calls) == ((2, 5, 8), (2, 5, 10), 1)
+    assert row.dense_flops == 6 * 10 * 8 * 10
+    assert row.dense_bytes == found.dense_bytes == 10 * 8 * 4
+    assert found.input_size == (2, 5)
+    assert torch.equal(tokens, before)
+    assert "one training step on input 2x5" in str(found)
+    if form == "tensor" and not by_value:
+        assert report(model, (2, 5), dtype=torch.long) == found
+
+
+def test_wrong_example_inputs_are_named():
+    model, tokens = Tokens(), torch.arange(10)
+    with pytest.raises(ValueError, match=r"^example_inputs: expected neither input_size nor dtype"):
+        report(model, (10,), example_inputs=tokens)
+    with pytest.raises(ValueError, match=r"^example_inputs: expected neither input_size nor dtype"):
+        report(model, example_inputs=tokens, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^example_inputs: expected at least one tensor"):
+        report(model, example_inputs=())
+    with pytest.raises(
+        TypeError, match=r"^example_inputs: expected a Tensor, or a tuple or dict of arguments, got int"
+    ):
+        report(model, example_inputs=3)
+    with pytest.raises(RuntimeError, match=r"^example_inputs: the model did not run on them: .*wrong"):
+        report(model, example_inputs={"wrong": tokens})
+
+
+def test_a_model_that_only_evaluates_such_an_input_is_counted_by_that():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))  # one value a channel does not train
+    found = report(model, (1, 8))
+    assert [row.dense_flops for row in found.layers] == [6 * 64, 6 * 32]
+    assert found.outside is None
+    assert "not known, as the model does not run in training mode" in str(found)
+
+
+def test_what_the_last_training_forward_kept_is_shown_where_known():
+    model = nn.Sequential(nn.Linear(100, 10, bias=False), nn.Linear(10, 10))
+    sparsify_(model, SWATConfig(0.5, 0.8, skip=["1"], topk_period=5))
+    fresh = report(model)
+    assert fresh.layers[0].realised_sparsity == (None, None)
+    assert "realised" not in str(fresh).split("\n\n")[1]
+    x = torch.randn(10, 100, generator=torch.Generator().manual_seed(0))
+    x[:, 30:] = 0  # more zeros than asked for, that nobody counts as kept
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    sparse, dense = report(model).layers
+    assert sparse.realised_sparsity[0] == pytest.approx(0.5, abs=0.02)
+    assert sparse.realised_sparsity[1] == pytest.approx(0.8, abs=0.02)
+    assert sparse.steps_since_selection == (2, 2)
+    assert (dense.realised_sparsity, dense.steps_since_selection) == ((None, None), (None, None))
+    header, _, first, *_ = str(report(model, (10, 100))).split("\n\n")[1].splitlines()
+    assert header.split()[:5] == ["layer", "kind", "sparsity", "realised", "age"]
+    assert first.split()[3] == "50/80%"
+    assert first.split()[5] == "2/2"
+
+
+def test_a_resnet_fits_120_columns():
+    model = build_model("resnet18", 1000, in_channels=3, stem="imagenet")
+    sparsify_(model, SWATConfig(0.9))
+    rows = report(model, (256, 3, 224, 224))
+    known = {"realised_sparsity": (0.889, 0.901), "steps_since_selection": (10, 10)}
+    rows = dataclasses.replace(rows, layers=tuple(dataclasses.replace(row, **known) for row in rows.layers))
+    assert "88.9/90.1%  10/10" in str(rows)
+    assert max(map(len, str(rows).splitlines())) <= 120
 
 
 def test_the_model_may_be_one_layer_on_any_dtype():
@@ -323,6 +418,10 @@ def test_bytes_are_binary(value, text):
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (0.9, "90%"), (0.955, "95.5%"), (0.0, "0%")])
 def test_shares_are_percent(value, text):
     assert human_share(value) == text
+
+
+def test_two_shares_are_one_cell():
+    assert [human_shares(pair) for pair in ((0.9, 0.955), (0.9, None), (None, None))] == ["90/95.5%", "90/-%", "-"]
 
 
 def test_render_aligns():

@@ -1,5 +1,7 @@
 """sparsify_ and to_dense: what is swapped, what stays, what is said about it."""
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -20,7 +22,8 @@ ALL = SWATConfig(sparsity=0.8, skip=())
 
 
 class OwnConv(nn.Conv2d):
-    pass
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
 
 
 class OwnMatrix(nn.Module):
@@ -59,6 +62,7 @@ def test_layers_are_swapped_in_place_and_keep_everything():
     for layer in sparse_layers(model):
         assert (layer.sparsity, layer.activation_sparsity, layer.topk_period, layer.backend) == (0.8, 0.5, 7, "dense")
         assert layer.weight_threshold.dtype == torch.float64
+        assert layer.steps == 0
 
 
 def test_an_optimizer_made_before_works():
@@ -162,7 +166,7 @@ IMPOSSIBLE = [
     (lambda: nn.LSTM(4, 4), "there is no sparse form of LSTM"),
     (lambda: nn.GRUCell(4, 4), "there is no sparse form of GRUCell"),
     (lambda: nn.MultiheadAttention(4, 2), "there is no sparse form of MultiheadAttention"),
-    (lambda: OwnConv(4, 4, 3), r"OwnConv is a subclass of nn\.Conv2d"),
+    (lambda: OwnConv(4, 4, 3), "OwnConv has a forward of its own"),
     (OwnMatrix, "there is no sparse form of OwnMatrix"),
     (lazy, "it is lazy: run the model once"),
     (weight_normed, "its weight is not a parameter of its own"),
@@ -355,3 +359,61 @@ def test_the_library_does_not_import_its_oracle():
     code = "import sys, swat_ext; sys.exit('swat_ext.reference' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert set(swat_ext.__all__) <= set(dir(swat_ext))
+
+
+# --- Subclasses that compute the same
+
+
+class NamedConv(nn.Conv2d):
+    """Adds a name and a method, and computes what its class does."""
+
+    label = "mine"
+
+    def out_shape(self) -> int:
+        return self.out_channels
+
+
+class NamedLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def test_subclasses_without_a_forward_of_their_own_become_sparse_and_stay_what_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(NamedConv(3, 8, 3, padding=1), nn.Flatten(), NamedLinear(8 * 16, 5))
+    x = torch.randn(2, 3, 4, 4)
+    assert sparsify_(model, ALL).swapped == ("0", "2")
+    for layer, dense, sparse in ((model[0], NamedConv, SWATConv2d), (model[2], NamedLinear, SWATLinear)):
+        assert isinstance(layer, dense)
+        assert isinstance(layer, sparse)
+    assert (model[0].label, model[0].out_shape()) == ("mine", 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    assert [layer.steps for layer in sparse_layers(model)] == [1, 1]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin[0]) is type(model[0])
+        assert torch.equal(twin.eval()(x), model.eval()(x))
+    dense = to_dense(model)
+    assert [type(dense[0]), type(dense[2])] == [NamedConv, NamedLinear]
+    torch.testing.assert_close(dense(x), model.eval()(x))
+
+
+def test_the_projection_of_an_attention_is_read_past_its_forward():
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.warns(SparsifyWarning, match="out_proj.*reads its weight without calling it"):
+        sparsify_(nn.Sequential(attention, nn.Linear(8, 8)), ALL)
+    assert type(attention.out_proj) is not SWATLinear
+
+
+def test_a_dense_copy_of_a_model_in_training_computes_what_evaluation_does():
+    model = sparse_network(topk_period=1000)
+    train(model, sgd(model), batches(5))
+    dense = to_dense(model)  # the thresholds are five steps old
+    assert model.training
+    x, _ = batches(1, first=9)[0]
+    torch.testing.assert_close(dense.eval()(x), model.eval()(x))
+    for name, layer in dense.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name != "0":
+            assert int((layer.weight != 0).sum()) == functional.keep_count(layer.weight.numel(), 0.8)

@@ -49,8 +49,7 @@ struct Convolutions {
 
   static Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
                                    const Ints& input_size, const Ints& weight_size, const Ints& stride,
-                                   const Ints& padding, const Ints& dilation, int64_t groups, bool channels_last,
-                                   bool allow_tf32) {
+                                   const Ints& padding, const Ints& dilation, int64_t groups, bool channels_last) {
     return Device::dispatch("grad_output", grad_output, [&]<typename T>() {
       const ConvGeometry g = make_geometry("input_size", input_size, weight_size, stride, padding, dilation, groups);
       Device::check_packed("input_", input_values, input_mask, product(input_size), grad_output);
@@ -58,7 +57,7 @@ struct Convolutions {
       Tensor grad_weight = Device::empty(weight_size, grad_output, channels_last);
       Device::template weight_grad<T>(grad_output, g, image(grad_output, read<T>(grad_output)),
                                       Device::template packed<T>(input_values, input_mask, product(input_size)),
-                                      write<T>(grad_weight), channels_last, allow_tf32);
+                                      write<T>(grad_weight), channels_last);
       return grad_weight;
     });
   }
@@ -103,7 +102,7 @@ struct Convolutions {
   }
 
   static Tensor linear_weight_grad(const Tensor& grad_output, const Tensor& input_values, const Tensor& input_mask,
-                                   const Ints& weight_size, bool allow_tf32) {
+                                   const Ints& weight_size) {
     return Device::dispatch("grad_output", grad_output, [&]<typename T>() {
       check_linear("grad_output", grad_output, weight_size, 0);
       Ints input_size = sizes(grad_output);  // of the input [..., in]; packed, it is [in, rows]
@@ -115,7 +114,7 @@ struct Convolutions {
       const ChannelImage from = rows(grad_output);
       Device::template weight_grad<T>(grad_output, linear_geometry(from.pixels(), weight_size), from.read<T>(),
                                       Device::template packed<T>(input_values, input_mask, numel),
-                                      write<T>(grad_weight), false, allow_tf32);
+                                      write<T>(grad_weight), false);
       return grad_weight;
     });
   }

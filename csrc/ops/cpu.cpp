@@ -219,7 +219,7 @@ struct Cpu {
   }
   template <typename T>
   static void weight_grad(const Tensor&, const ConvGeometry& g, const ImageView<const T>& grad_output,
-                          const cpu::PackedView<T>& input, T* grad_weight, bool channels_last, bool /*allow_tf32*/) {
+                          const cpu::PackedView<T>& input, T* grad_weight, bool channels_last) {
     cpu::convolution_weight_grad<T>(cpu::active(), torch_threads(), g, grad_output, input, grad_weight, channels_last);
   }
 };

@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor 
   return select_by_clock(input, threshold, clock, keep, period, padded, kth_magnitude, compress);
 }
 
-Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+// Samples [begin, end) of the dense tensor, where `size` has any; all of it otherwise.
+Tensor unpack(const Tensor& values, const Tensor& mask, Ints size, int64_t begin, int64_t end, bool channels_last) {
   return dispatch("values", values, [&]<typename T>() {
     check_extents("size", size);
     const int64_t numel = product(size);
@@ -122,12 +123,30 @@ Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bo
     STD_TORCH_CHECK(!channels_last || size.size() == 4, "channels_last: expected a size of 4 dimensions, got ",
                     to_string(size));
     const OnDevice device(values);
+    int64_t first = 0;
+    if (!size.empty()) {
+      first = size[0] == 0 ? 0 : numel / size[0] * begin;
+      size[0] = end - begin;
+    }
     Tensor output = empty(size, values.scalar_type(), values, channels_last);
+    const int64_t count = output.numel();
     const auto view = channels_last ? image(output, write<T>(output))
-                                    : ImageView<T>{write<T>(output), 1, 1, 1, numel, numel, numel, numel, 1};
-    check(cuda::decompress<T>({packed<T>(values, mask, numel), view}, device.stream()), "decompress");
+                                    : ImageView<T>{write<T>(output), 1, 1, 1, count, count, count, count, 1};
+    check(cuda::decompress<T>({packed<T>(values, mask, numel), view, first}, device.stream()), "decompress");
     return output;
   });
+}
+
+Tensor decompress(const Tensor& values, const Tensor& mask, const Ints& size, bool channels_last) {
+  return unpack(values, mask, size, 0, size.empty() ? 1 : size[0], channels_last);
+}
+
+Tensor decompress_part(const Tensor& values, const Tensor& mask, const Ints& size, int64_t begin, int64_t end,
+                       bool channels_last) {
+  STD_TORCH_CHECK(!size.empty() && 0 <= begin && begin <= end && end <= size[0],
+                  "begin: expected 0 <= begin <= end <= size[0], got ", begin, " to ", end, " of size ",
+                  to_string(size));
+  return unpack(values, mask, size, begin, end, channels_last);
 }
 
 // PyTorch's own sum: on CUDA its order follows from the sizes and strides alone.
@@ -140,7 +159,7 @@ Tensor bias_grad(const Tensor& grad_output, int64_t dim) {
   return others.empty() ? torch::stable::clone(grad_output) : torch::stable::sum(grad_output, others);
 }
 
-// See convolutions.h.
+// See convolutions.h. The weight gradient is left to PyTorch's kernels: CUDA.md counts why.
 struct Cuda {
   template <typename F>
   static auto dispatch(const char* name, const Tensor& tensor, F&& f) {
@@ -176,15 +195,6 @@ struct Cuda {
     params.scratch = write<void>(memory);
     check(cuda::convolution_input_grad(params, device.stream()), "input gradient");
   }
-  template <typename T>
-  static void weight_grad(const Tensor& like, const ConvGeometry& g, const ImageView<const T>& grad_output,
-                          const cuda::PackedView<T>& input, T* grad_weight, bool channels_last, bool allow_tf32) {
-    const OnDevice device(like);
-    cuda::WeightGradParams<T> params{g, grad_output, input, grad_weight, channels_last, allow_tf32, nullptr};
-    const Tensor memory = scratch(cuda::convolution_weight_grad_scratch(params), like);
-    params.scratch = write<void>(memory);
-    check(cuda::convolution_weight_grad(params, device.stream()), "weight gradient");
-  }
 };
 
 }  // namespace
@@ -195,12 +205,11 @@ SWAT_LIBRARY_IMPL(SWAT_CUDA_KEY, m) {
   m.impl("compress", TORCH_BOX(&swat::compress));
   m.impl("select", TORCH_BOX(&swat::select));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
+  m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));
   m.impl("bias_grad", TORCH_BOX(&swat::bias_grad));
   using Convolutions = swat::Convolutions<swat::Cuda>;
   m.impl("conv2d", TORCH_BOX(&Convolutions::conv2d));
   m.impl("conv2d_input_grad", TORCH_BOX(&Convolutions::conv2d_input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&Convolutions::conv2d_weight_grad));
   m.impl("linear", TORCH_BOX(&Convolutions::linear));
   m.impl("linear_input_grad", TORCH_BOX(&Convolutions::linear_input_grad));
-  m.impl("linear_weight_grad", TORCH_BOX(&Convolutions::linear_weight_grad));
 }

@@ -26,15 +26,15 @@ SWAT_LIBRARY(m) {
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[4] input_size, "
       "SymInt[4] weight_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "
-      "channels_last=False, *, bool allow_tf32=False) -> Tensor");
+      "channels_last=False) -> Tensor");
   m.def(
       "linear(Tensor input, Tensor weight_values, Tensor weight_mask, SymInt[2] weight_size, Tensor? bias) -> Tensor");
   m.def(
       "linear_input_grad(Tensor grad_output, Tensor weight_values, Tensor weight_mask, SymInt[2] weight_size) -> "
       "Tensor");
   m.def(
-      "linear_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[2] weight_size, *, bool "
-      "allow_tf32=False) -> Tensor");
+      "linear_weight_grad(Tensor grad_output, Tensor input_values, Tensor input_mask, SymInt[2] weight_size) -> "
+      "Tensor");
   m.def("bias_grad(Tensor grad_output, int dim) -> Tensor");
   m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_(Tensor(a!) input) -> Tensor mask");

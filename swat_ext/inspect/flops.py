@@ -1,14 +1,25 @@
-"""Counting the work and the memory of one layer (Raihan and Aamodt, arXiv 2001.01969)."""
+"""What one layer is, its work and its memory (Raihan and Aamodt, arXiv 2001.01969)."""
 
 import math
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from swat_ext.functional import keep_count
+from swat_ext.modules import SWATLayer
+from swat_ext.ops.convolution import retakes
 from swat_ext.ops.library import mask_words
 
-__all__ = ["COUNTED", "layer_macs", "packed_bytes", "saved_input_size", "training_flops"]
+__all__ = [
+    "COUNTED",
+    "describe",
+    "kept_bytes",
+    "layer_macs",
+    "packed_bytes",
+    "saved_input_size",
+    "training_flops",
+    "weight_bytes",
+]
 
 # The classes whose work can be counted.
 COUNTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -55,3 +66,40 @@ def saved_input_size(layer: nn.Module, input_size: Sequence[int]) -> list[int]:
             elif layer.padding != "valid":
                 size[axis] += 2 * int(layer.padding[axis])
     return size
+
+
+def kept_bytes(layer: nn.Module, input: Tensor) -> tuple[int, int]:
+    """What PyTorch's layer keeps of an input for the backward pass, and what this one does by its budget.
+
+    PyTorch's convolution keeps it even if its weight is frozen.
+    """
+    numel, itemsize = math.prod(saved_input_size(layer, input.shape)), input.element_size()
+    frozen = not layer.weight.requires_grad
+    dense = 0 if frozen and isinstance(layer, nn.Linear) else numel * itemsize
+    if not isinstance(layer, SWATLayer):
+        return dense, dense
+    return dense, 0 if frozen else packed_bytes(numel, layer.activation_sparsity, itemsize)
+
+
+def weight_bytes(layer: SWATLayer) -> int:
+    """What a call of ``layer`` keeps of its weight for the backward pass, beside the parameter."""
+    numel = layer.weight.numel()
+    if retakes(layer.weight):
+        return 8 * mask_words(numel)
+    return packed_bytes(numel, layer.sparsity, layer.weight.element_size())
+
+
+def describe(layer: nn.Module) -> str:
+    """Its class, sizes, and what is unusual: ``Conv2d 3x3 64->128, /2`` has a stride of 2."""
+    name = type(layer).__name__.removeprefix("SWAT").removeprefix("Parametrized")
+    if isinstance(layer, nn.Linear):
+        return f"{name} {layer.in_features}->{layer.out_features}"
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return name
+    parts = [f"{name} {'x'.join(map(str, layer.kernel_size))} {layer.in_channels}->{layer.out_channels}"]
+    for label, value in (("/", layer.stride), ("dilation ", layer.dilation)):
+        if any(item != 1 for item in value):
+            parts.append(label + ("x".join(map(str, value)) if len(set(value)) > 1 else str(value[0])))
+    if layer.groups != 1:
+        parts.append("depthwise" if layer.groups == layer.in_channels else f"{layer.groups} groups")
+    return ", ".join(parts)

@@ -38,27 +38,23 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.first = torch.cuda.memory_allocated(self.device)
-        else:
+        elif _STATM.exists():
             self.first = self.most = _resident_bytes()
             self._thread.start()
 
     def stop(self) -> None:
         if self.device.type == "cuda":
             self.most = torch.cuda.max_memory_allocated(self.device)
-        else:
+        elif self.most is not None:
             self._ended.set()
             self._thread.join()
 
     def _watch(self) -> None:
         ended = False
-        while not ended and self.most is not None:
+        while not ended:
             ended = self._ended.wait(_SAMPLE_S)
-            self.most = max(self.most, _resident_bytes() or 0)
+            self.most = max(self.most or 0, _resident_bytes())
 
 
-def _resident_bytes() -> int | None:
-    """Resident memory of this process in bytes; None where the system does not say."""
-    try:
-        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
+def _resident_bytes() -> int:
+    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")

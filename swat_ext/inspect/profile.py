@@ -19,8 +19,12 @@ from swat_ext.sparsify import dense_shapes
 __all__ = ["LayerMemory", "MemoryProfile", "profile_memory"]
 
 _HOOKS_INSIDE = (
-    "without what was saved within other saved_tensors_hooks (such as save_on_cpu), which torch asks in place of these"
+    "without what was saved within other saved_tensors_hooks (such as save_on_cpu or another profile), "
+    "which torch asks in place of these"
 )
+_NOTES = """\
+held: whole storages that autograd keeps, once each, under the module that saved them first.
+Parameters, buffers and the input are not counted, nor are gradients and the optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,11 @@ class MemoryProfile:
         held = recorder.held_by_row()
         dense, self.dense_note = _dense_rows(recorder) if self._dense else (None, "not asked for")
         places = {name: place for place, name in enumerate(recorder.forwards)}
-        self.layers = tuple(
-            LayerMemory(
-                row[0],
-                recorder.kind(*row),
-                recorder.forwards.get(row[0], 0),
-                held.get(row, 0),
-                None if dense is None else dense.get(row, 0),
-            )
-            for row in sorted(held | (dense or {}), key=lambda row: places.get(row[0], len(places)))
-        )
+        layers = []
+        for row in sorted(held | (dense or {}), key=lambda row: places.get(row[0], len(places))):
+            sizes = held.get(row, 0), None if dense is None else dense.get(row, 0)
+            layers.append(LayerMemory(row[0], recorder.kind(*row), recorder.forwards.get(row[0], 0), *sizes))
+        self.layers = tuple(layers)
         self.model, self.device = type(recorder.model).__name__, self._peak.device.type
         self.held_bytes = sum(held.values())
         self.held_note = _HOOKS_INSIDE if recorder.hooks_inside else ""
@@ -138,40 +137,22 @@ class MemoryProfile:
         if self.dense_bytes is not None:
             change = human_change(self.dense_bytes, self.held_bytes)
             title += f", {human_bytes(self.dense_bytes)} if it were dense ({change})"
-        rows = [
-            (
-                layer.name or "(model)",
-                layer.kind + (f" (called {layer.calls} times)" if layer.calls > 1 else ""),
-                human_bytes(layer.held_bytes),
-                human_bytes(layer.dense_bytes),
-            )
-            for layer in self.layers
-        ]
-        kinds = [
-            (kind, str(count), human_bytes(held), human_bytes(dense))
-            for kind, (count, held, dense) in self.by_kind().items()
-        ]
+        rows = []
+        for layer in self.layers:
+            times = f" (called {layer.calls} times)" if layer.calls > 1 else ""
+            sizes = human_bytes(layer.held_bytes), human_bytes(layer.dense_bytes)
+            rows.append((layer.name or "(model)", layer.kind + times, *sizes))
+        total = ("total", "", human_bytes(self.held_bytes), human_bytes(self.dense_bytes))
+        kinds = [(kind, str(row[0]), *map(human_bytes, row[1:])) for kind, row in self.by_kind().items()]
         peak = "The system does not say how much memory was used."
         if self.peak_bytes is not None and self.start_bytes is not None:
             what = "allocated by torch on the GPU" if self.device == "cuda" else "resident, of the whole process"
             more = human_bytes(self.peak_bytes - self.start_bytes)
             peak = f"Peak {human_bytes(self.peak_bytes)} ({what}), {more} more than at the start."
-        total = ("total", "", human_bytes(self.held_bytes), human_bytes(self.dense_bytes))
-        return "\n".join(
-            [
-                title,
-                "",
-                render(("layer", "kind", "held", "dense"), rows, "<<>>", total),
-                "",
-                render(("kind", "layers", "held", "dense"), kinds, "<>>>"),
-                "",
-                peak,
-                f"dense: {self.dense_note}.",
-                *([f"held: {self.held_note}."] if self.held_note else []),
-                "held: whole storages that autograd keeps, once each, under the module that saved them first.",
-                "Parameters, buffers and the input are not counted, nor are gradients and the optimizer's state.",
-            ]
-        )
+        lines = [title, "", render(("layer", "kind", "held", "dense"), rows, "<<>>", total), ""]
+        lines += [render(("kind", "layers", "held", "dense"), kinds, "<>>>"), "", peak, f"dense: {self.dense_note}."]
+        lines += [f"held: {self.held_note}."] if self.held_note else []
+        return "\n".join([*lines, _NOTES])
 
     def plot(self, path: str | os.PathLike[str], *, most: int = 40) -> None:
         """Draw the rows, held and dense, into an image; needs matplotlib.
@@ -196,8 +177,7 @@ class MemoryProfile:
         figure = Figure(figsize=(8, 1.5 + 0.24 * len(layers)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        places = range(len(layers))
-        mib = 2**20
+        places, mib = range(len(layers)), 2**20
         if self.dense_bytes is not None:
             dense = [(layer.dense_bytes or 0) / mib for layer in layers]
             axes.barh(places, dense, 0.8, color="0.8", label=f"dense, {human_bytes(self.dense_bytes)} in all")
@@ -207,10 +187,8 @@ class MemoryProfile:
         axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xlabel("held for the backward pass, MiB")
-        some = "" if len(layers) == len(self.layers) else f", the {len(layers)} largest of {len(self.layers)} rows"
-        axes.set_title(f"{self.model}{some}", fontsize=10)
-        if layers:
-            axes.legend(fontsize=8)
+        axes.set_title(f"{self.model}, the {len(layers)} largest of {len(self.layers)} rows", fontsize=10)
+        axes.legend(fontsize=8)
         figure.savefig(path, dpi=130)
 
 
@@ -233,8 +211,8 @@ def profile_memory(
         model: any module, sparse or not, in the mode (training or evaluation) in which it is to be measured.
         input: the tensor that ``model`` takes, or a tuple or dict of arguments; None to use the context manager.
         dense: also find what the dense network would hold: a copy with plain ``torch.nn`` layers and without values,
-            run on shapes alone, so that it needs no memory. False leaves every ``dense_bytes`` None. So does a part of
-            the model that is called on its own in the block: the dense network is run by calls of the whole.
+            run on shapes alone, so that it needs no memory. False leaves every ``dense_bytes`` None, and so does what
+            ``dense_note`` names, such as a part of the model that was called on its own.
 
     Returns:
         :class:`MemoryProfile`. Nothing is held without gradients: under ``torch.no_grad()`` its rows are empty. What is
@@ -249,9 +227,7 @@ def profile_memory(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(module, SWATLayer) and module.weight.is_meta for module in model.modules()):
-        raise ValueError(
-            "model: expected values in its sparse layers, got layers on the meta device, which save as dense"
-        )
+        raise ValueError("model: expected sparse layers with values, got some on the meta device")
     if not isinstance(dense, bool):
         raise TypeError(f"dense: expected True or False, got {dense!r}")
     if input is None:

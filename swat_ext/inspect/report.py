@@ -1,6 +1,5 @@
 """A table of what a model's sparse layers save, and of which layers are not sparse and why."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -8,18 +7,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swat_ext.inspect.flops import COUNTED, layer_macs, packed_bytes, saved_input_size, training_flops
+from swat_ext.inspect.flops import (
+    COUNTED,
+    describe,
+    kept_bytes,
+    layer_macs,
+    saved_input_size,
+    training_flops,
+    weight_bytes,
+)
 from swat_ext.inspect.record import Call, Recorder, Saved
 from swat_ext.inspect.shapes import arguments, copy_model, map_tensors, on_meta, tensors_in
 from swat_ext.inspect.table import human_bytes, human_change, human_count, human_shares, render
 from swat_ext.modules import SWATLayer
-from swat_ext.ops.convolution import retakes
-from swat_ext.ops.library import mask_words
 from swat_ext.sparsify import LeftDense, Surveyed, survey
 
 __all__ = ["HeldByKind", "LayerReport", "Report", "report"]
 
-# Of layers or modules in one line.
+# Of the modules that call a function.
 _MOST_NAMES = 3
 _NOT_RUN = "Give input_size or example_inputs for FLOPs and bytes."
 _SHARES = """\
@@ -178,7 +183,9 @@ class Report:
         for layer in self.layers:
             why = f"{layer.backend}: {layer.reason}" if layer.sparse else layer.reason
             chosen.setdefault((layer.sparse, why), []).append(layer.name or "(model)")
-        lines = [f"  {why}: {_names(names) if sparse else ', '.join(names)}" for (sparse, why), names in chosen.items()]
+        lines = []
+        for (sparse, why), names in chosen.items():
+            lines.append(f"  {why}: {f'{len(names)} layers' if sparse and len(names) > 1 else ', '.join(names)}")
         return ["Kernels, or why a layer is not sparse:", *lines] if lines else []
 
     def _held_outside(self) -> list[str]:
@@ -224,9 +231,7 @@ def report(
     recorder = size = None
     if example_inputs is not None:
         if input_size is not None or dtype is not None:
-            raise ValueError(
-                f"example_inputs: expected no {'input_size' if input_size else 'dtype'} beside it, got both"
-            )
+            raise ValueError("example_inputs: expected neither input_size nor dtype beside it")
         given = arguments("example_inputs", example_inputs)
         size = next((tuple(tensor.shape) for tensor in tensors_in(given)), None)
         if size is None:
@@ -241,22 +246,15 @@ def report(
     calls = {} if recorder is None else recorder.layer_calls
     rows = [_row(layer, calls.get(layer.name)) for layer in surveyed]
     left = [layer.left_dense(row.reason) for layer, row in zip(surveyed, rows, strict=True) if not row.sparse]
-    flops: tuple[float | None, ...] = (None, None)
-    nbytes: tuple[int | None, ...] = (None, None)
+    totals: dict[str, Any] = dict.fromkeys(("dense_flops", "swat_flops", "dense_bytes", "saved_bytes", "outside"))
     if recorder is not None:
-        flops = sum(row.dense_flops or 0 for row in rows), sum(row.swat_flops or 0 for row in rows)
-        nbytes = _total_bytes(surveyed, calls)
-        nbytes = nbytes[0], nbytes[1] + sum(row.weight_bytes for row in rows)
+        totals = _totals(surveyed, rows, calls) | {"outside": _outside(recorder) if recorder.model.training else None}
     return Report(
         model=type(model).__name__,
         input_size=size,
         layers=tuple(rows),
         left_dense=tuple(left),
-        dense_flops=flops[0],
-        swat_flops=flops[1],
-        dense_bytes=nbytes[0],
-        saved_bytes=nbytes[1],
-        outside=_outside(recorder) if recorder is not None and recorder.model.training else None,
+        **totals,
         parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         gradient_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
     )
@@ -287,7 +285,8 @@ def _walk(
         return values(tensor.shape, dtype=tensor.dtype, device=device)
 
     failure: Exception | None = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, torch.inference_mode(False), torch.enable_grad():
         for training in (True, False):
             for change in (on_meta, None):
                 try:
@@ -321,23 +320,21 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     sparse = module if isinstance(module, SWATLayer) else None
     sparsity = activation_sparsity = 0.0
     backend, reason = "dense", layer.obstacle or layer.chosen or "sparsify_ was not called on it"
-    weight_bytes = 0
+    weight = 0
     if sparse is not None:
         sparsity, activation_sparsity = sparse.sparsity, sparse.activation_sparsity
         backend, reason = sparse.chosen_backend.backend, sparse.chosen_backend.reason
-        numel, itemsize = sparse.weight.numel(), sparse.weight.element_size()
-        weight_bytes = 8 * mask_words(numel) if retakes(sparse.weight) else packed_bytes(numel, sparsity, itemsize)
-        weight_bytes *= 1 if calls is None else len(calls)
+        weight = weight_bytes(sparse) * (1 if calls is None else len(calls))
     dense_flops = swat_flops = dense_bytes = activation_bytes = None
     if calls is not None and isinstance(module, COUNTED):
         macs = sum(layer_macs(module, call.input.shape, call.output_size) for call in calls)
         dense_flops = training_flops(macs)
         swat_flops = training_flops(macs, sparsity, activation_sparsity)
-        kept = [_kept_bytes(module, call) for call in calls]
+        kept = [kept_bytes(module, call.input) for call in calls]
         dense_bytes, activation_bytes = sum(pair[0] for pair in kept), sum(pair[1] for pair in kept)
     return LayerReport(
         name=layer.name,
-        kind=_kind(module),
+        kind=describe(module),
         sparse=sparse is not None,
         sparsity=sparsity,
         activation_sparsity=activation_sparsity,
@@ -352,12 +349,12 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         swat_flops=swat_flops,
         dense_bytes=dense_bytes,
         activation_bytes=activation_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=weight,
     )
 
 
-def _total_bytes(surveyed: list[Surveyed], calls: dict[str, list[Call]]) -> tuple[int, int]:
-    """Bytes of the inputs that all layers keep, dense and as they are: what several of them share counts once."""
+def _totals(surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]]) -> dict[str, float]:
+    """FLOPs and bytes of all layers, dense and as they are; an input that several of them keep counts once."""
     dense: dict[object, int] = {}
     kept: dict[object, int] = {}
     for layer in surveyed:
@@ -367,7 +364,7 @@ def _total_bytes(surveyed: list[Surveyed], calls: dict[str, list[Call]]) -> tupl
             # A padded input is a tensor of its own; any other is the one that was passed, which others may hold too.
             padded = saved_input_size(module, tensor.shape) != list(tensor.shape)
             storage = object() if padded else id(tensor.untyped_storage())
-            before, now = _kept_bytes(module, call)
+            before, now = kept_bytes(module, tensor)
             dense[storage] = max(dense.get(storage, 0), before)
             key: object = storage
             if isinstance(module, SWATLayer):
@@ -375,35 +372,12 @@ def _total_bytes(surveyed: list[Surveyed], calls: dict[str, list[Call]]) -> tupl
                 form = (id(tensor), call.version, module.packed_form, module.activation_sparsity)
                 key = form if tensor.grad_fn is not None else object()
             kept[key] = max(kept.get(key, 0), now)
-    return sum(dense.values()), sum(kept.values())
-
-
-def _kept_bytes(module: nn.Module, call: Call) -> tuple[int, int]:
-    """What PyTorch's layer keeps of an input for the backward pass, and what this one does.
-
-    PyTorch's convolution keeps it even if its weight is frozen.
-    """
-    numel, itemsize = math.prod(saved_input_size(module, call.input.shape)), call.input.element_size()
-    frozen = not module.weight.requires_grad
-    dense = 0 if frozen and isinstance(module, nn.Linear) else numel * itemsize
-    if not isinstance(module, SWATLayer):
-        return dense, dense
-    return dense, 0 if frozen else packed_bytes(numel, module.activation_sparsity, itemsize)
-
-
-def _kind(module: nn.Module) -> str:
-    name = type(module).__name__.removeprefix("SWAT").removeprefix("Parametrized")
-    if isinstance(module, nn.Linear):
-        return f"{name} {module.in_features}->{module.out_features}"
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return name
-    parts = [f"{name} {'x'.join(map(str, module.kernel_size))} {module.in_channels}->{module.out_channels}"]
-    for label, value in (("/", module.stride), ("dilation ", module.dilation)):
-        if any(item != 1 for item in value):
-            parts.append(label + ("x".join(map(str, value)) if len(set(value)) > 1 else str(value[0])))
-    if module.groups != 1:
-        parts.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
-    return ", ".join(parts)
+    return {
+        "dense_flops": sum(row.dense_flops or 0 for row in rows),
+        "swat_flops": sum(row.swat_flops or 0 for row in rows),
+        "dense_bytes": sum(dense.values()),
+        "saved_bytes": sum(kept.values()) + sum(row.weight_bytes for row in rows),
+    }
 
 
 def _names(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swat_ext.config import Backend, check_backend, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
-from swat_ext.modules.tracing import refuse_tracing
+from swat_ext.modules.tracing import refuse_scripting, refuse_tracing
 from swat_ext.ops.arguments import check_tensor
 from swat_ext.ops.backend import Choice, choose_backend
 from swat_ext.topology import steps
@@ -31,6 +31,7 @@ class SWATLayer(nn.Module):
         activation_sparsity: the same for the input saved for the weight gradient; setting None follows ``sparsity``.
         topk_period: optimizer steps from one selection to the next.
         backend: "auto", "sparse" or "dense".
+        weight_threshold, activation_threshold: 0-dim, in the weight's dtype; no buffers. 0 before the first selection.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -179,6 +180,14 @@ class SWATLayer(nn.Module):
     # --- Selection
 
     @property
+    def weight_threshold(self) -> Tensor:
+        return self._weights.threshold
+
+    @property
+    def activation_threshold(self) -> Tensor:
+        return self._activations.threshold
+
+    @property
     def steps(self) -> int:
         """Optimizer steps made on this layer's weight."""
         return self._weights.steps
@@ -296,6 +305,10 @@ class SWATLayer(nn.Module):
             super()._load_from_state_dict(*args)
         finally:
             del self._loading
+
+    def __prepare_scriptable__(self) -> Self:
+        refuse_scripting()
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

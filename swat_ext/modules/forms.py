@@ -1,6 +1,6 @@
 """The sparse class of a dense one."""
 
-import functools
+from typing import Any
 
 from torch import nn
 
@@ -10,35 +10,21 @@ from swat_ext.modules.linear import SWATLinear
 
 __all__ = ["sparse_form"]
 
+_forms: dict[Any, type[SWATLayer]] = {nn.Conv2d: SWATConv2d, nn.Linear: SWATLinear}
 
-@functools.cache
+
 def sparse_form(dense: type[nn.Module]) -> type[SWATLayer] | None:
-    """The sparse form of a class: of ``nn.Conv2d``, ``nn.Linear``, and of their subclasses that compute the same.
+    """The sparse form of ``nn.Conv2d``, of ``nn.Linear``, and of their subclasses that compute the same; else None.
 
-    A subclass without a forward of its own gets a class made for it, which is an instance of both.
+    A subclass without a forward of its own gets a class made for it, whose objects are instances of both.
     """
-    if dense is nn.Conv2d:
-        return SWATConv2d
-    if dense is nn.Linear:
-        return SWATLinear
-    if issubclass(dense, SWATLayer):
-        return None
-    if issubclass(dense, nn.Conv2d):
-        same = dense.forward is nn.Conv2d.forward and dense._conv_forward is nn.Conv2d._conv_forward
-        return _made(SWATConv2d, dense) if same else None
-    if issubclass(dense, nn.Linear):
-        return _made(SWATLinear, dense) if dense.forward is nn.Linear.forward else None
-    return None
-
-
-def _made(sparse: type[SWATLayer], dense: type[nn.Module]) -> type[SWATLayer]:
-    members = {
-        "dense_class": dense,
-        "__module__": dense.__module__,
-        "__doc__": sparse.__doc__,
-        "__reduce_ex__": _reduce,
-    }
-    return type(f"SWAT{dense.__name__}", (sparse, dense), members)
+    if dense in _forms or issubclass(dense, SWATLayer):
+        return _forms.get(dense)
+    for base, methods in ((nn.Conv2d, ("forward", "_conv_forward")), (nn.Linear, ("forward",))):
+        if issubclass(dense, base) and all(getattr(dense, name) is getattr(base, name) for name in methods):
+            members = {"dense_class": dense, "__module__": dense.__module__, "__reduce_ex__": _reduce}
+            _forms[dense] = type(f"SWAT{dense.__name__}", (_forms[base], dense), members)
+    return _forms.get(dense)
 
 
 def _reduce(self: SWATLayer, protocol: object) -> tuple[object, ...]:

@@ -5,7 +5,15 @@ from torch import nn
 
 from swat_ext.ops.torch_private import transforms_active
 
-__all__ = ["refuse_tracing"]
+__all__ = ["refuse_scripting", "refuse_tracing"]
+
+
+def refuse_scripting() -> None:
+    """Raise RuntimeError: for torch.jit.script, which asks each module whether it can be compiled."""
+    raise RuntimeError(
+        "torch.jit.script cannot compile a sparse layer, which selects by value; script swat_ext.to_dense(model), "
+        "which computes what model.eval() does"
+    )
 
 
 def refuse_tracing(layer: nn.Module, input: object) -> None:

@@ -46,7 +46,7 @@ def choose_backend(
     if device == "cuda":
         return Choice("dense", "no kernel has been timed on CUDA yet")
     # Two of the three passes skip by the weight, one by the activation.
-    skipped = (2 * sparsity + activation_sparsity) / 3
+    skipped = round((2 * sparsity + activation_sparsity) / 3, 9)
     kind = kind_of(weight_size, groups)
     least = _break_even(_C.isa(), kind, weight_size[0] // groups)
     if least > 1:

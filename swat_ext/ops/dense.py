@@ -3,8 +3,10 @@
 Arguments and results are those of :mod:`swat_ext.ops.sparse`.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -14,10 +16,27 @@ from swat_ext.ops.layout import empty, memory_format
 
 __all__ = ["forward", "input_grad", "weight_grad"]
 
-# On the CPU activations are unpacked so many bytes at a time, or one sample where that is more.
+# Activations are unpacked so many bytes at a time, or one sample where that is more: what caches hold.
 _TILE_BYTES = 4 << 20
+_CUDA_TILE_BYTES = 32 << 20
+
+_P = ParamSpec("_P")
 
 
+def _in_its_own_dtype(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Operands are cast already where autocast is on: PyTorch's functions must not cast them once more."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        operand = args[0]
+        assert isinstance(operand, Tensor)
+        with torch.autocast(operand.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_in_its_own_dtype
 def forward(
     input: Tensor,
     weight_values: Tensor,
@@ -29,14 +48,19 @@ def forward(
 ) -> Tensor:
     """By ``torch.convolution`` or ``torch.nn.functional.linear``."""
     weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
-    if geometry is None:
+    if geometry is None and input.dim() == 2:
         return torch.nn.functional.linear(input, weight, bias)
+    if geometry is None:
+        # linear() would return a view here, which nobody could change in place behind a function of ours.
+        output = torch.matmul(input, weight.t())
+        return output if bias is None else output.add_(bias)
     padded, symmetric = _padded(input, geometry)
     stride, _, dilation, groups = geometry
     output = torch.convolution(padded, weight, bias, stride, symmetric, dilation, False, [0, 0], groups)
     return output.contiguous(memory_format=memory_format(channels_last))
 
 
+@_in_its_own_dtype
 def input_grad(
     grad_output: Tensor,
     weight_values: Tensor,
@@ -62,6 +86,7 @@ def input_grad(
     return empty(grad, input_size, channels_last).copy_(inside)
 
 
+@_in_its_own_dtype
 def weight_grad(
     grad_output: Tensor,
     input_values: Tensor,
@@ -73,8 +98,9 @@ def weight_grad(
 ) -> Tensor:
     """By ``convolution_backward``, or a product of matrices.
 
-    On the CPU a few samples at a time, or of a linear layer a few features: a whole activation is never there. Samples
-    are added up in their order, whatever the number of threads.
+    A few samples at a time, or of a linear layer a few features: a whole activation is never there. Samples are added
+    up in their order, whatever the number of threads; on CUDA a part's own sum is cuDNN's, which repeats bit for bit
+    where ``torch.backends.cudnn.deterministic`` is set.
     """
     if geometry is None:
         return _linear_weight_grad(grad_output, input_values, input_mask, input_size, weight_size)
@@ -124,8 +150,9 @@ def _tiles(size: Sequence[int], like: Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of the first dimension to unpack at once."""
     count = size[0]
     step = max(1, count)
-    if like.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, _TILE_BYTES // max(1, math.prod(size[1:]) * like.element_size()))
+    if not torch.compiler.is_compiling():
+        bytes_ = _CUDA_TILE_BYTES if like.device.type == "cuda" else _TILE_BYTES
+        step = max(1, bytes_ // max(1, math.prod(size[1:]) * like.element_size()))
     for begin in range(0, count, step):
         yield begin, min(begin + step, count)
 

@@ -130,8 +130,6 @@ def _(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool = False,
-    *,
-    allow_tf32: bool = False,
 ) -> Tensor:
     _check_devices(grad_output, input_values=input_values, input_mask=input_mask)
     return empty(grad_output, weight_size, channels_last)
@@ -152,14 +150,7 @@ def _(grad_output: Tensor, weight_values: Tensor, weight_mask: Tensor, weight_si
 
 
 @torch.library.register_fake("swat_ext::linear_weight_grad")
-def _(
-    grad_output: Tensor,
-    input_values: Tensor,
-    input_mask: Tensor,
-    weight_size: Sequence[int],
-    *,
-    allow_tf32: bool = False,
-) -> Tensor:
+def _(grad_output: Tensor, input_values: Tensor, input_mask: Tensor, weight_size: Sequence[int]) -> Tensor:
     _check_devices(grad_output, input_values=input_values, input_mask=input_mask)
     return grad_output.new_empty(list(weight_size))
 

@@ -36,7 +36,7 @@ def load() -> None:
 def _build() -> Path:
     sources = runpy.run_path(str(_CSRC / "sources.py"))
     files = [_CSRC / name for name in (*sources["CUDA_KERNELS"], *sources["CUDA_OPS"], "ops/schemas.cpp")]
-    files += [_HERE / "cuda_emulator.cpp", _HERE / "look_back.cpp"]
+    files += [_HERE / "cuda_emulator.cpp", _HERE / "probes.cpp"]
     headers = [path for folder in (_CSRC, _HERE) for path in folder.rglob("*.*h")]
     newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
     compiler = shlex.split(os.environ.get("CXX", "c++"))

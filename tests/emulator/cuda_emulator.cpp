@@ -16,7 +16,10 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
-constexpr int kPatience = 1 << 16;  // turns that a thread waits before the kernel is taken to hang
+constexpr int kPatience = 1 << 16;         // turns that a thread waits before the kernel is taken to hang
+constexpr size_t kSharedBytes = 48 << 10;  // of a block, dynamic and static together
+constexpr size_t kSharedAlign = 16;
+constexpr uint16_t kPoison = 0x7ff9;  // over and over: NaN as double, float, bfloat16 and half, and a large integer
 
 #if defined(__x86_64__)
 // Saves what a call must keep on the stack in hand, and goes on where `to` stopped. (ucontext enters the kernel at each switch.)
@@ -81,12 +84,17 @@ struct Warp {
 std::vector<Thread> threads;
 std::vector<Warp> warps;
 std::vector<int> order, place;  // order of turns, and each thread's place in it
-std::vector<unsigned char> shared;
+alignas(kSharedAlign) uint16_t shared[kSharedBytes / sizeof(uint16_t)];
+size_t dynamic_bytes, shared_bytes;                    // of the dynamic part, and of all that is taken
+std::vector<std::pair<const void*, void*>> variables;  // of the running block
 Context scheduler;
 const std::function<void()>* body;
 int current, count, live, arrived;
 unsigned generation;
+bool any[2];  // two, so that a fast thread's next vote leaves alone what a slow one still reads
 std::mt19937 shuffler(20200101);
+
+size_t round_up(size_t bytes) { return (bytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign; }
 
 [[noreturn]] void hang(const char* what) {
   std::fprintf(stderr, "cuda_emulator: block (%u, %u, %u): thread %d waits in vain at %s\n", block_index.x,
@@ -122,6 +130,7 @@ int next_in_warp() {
 void release_block() {
   arrived = 0;
   ++generation;
+  any[generation % 2] = false;
 }
 
 void run_thread() {
@@ -145,6 +154,7 @@ void run_thread() {
 void run_block(dim3 block) {
   count = live = static_cast<int>(block.x * block.y * block.z);
   arrived = 0;
+  any[0] = any[1] = false;
   if (static_cast<int>(threads.size()) < count) threads.resize(count);
   warps.assign((count + kWarp - 1) / kWarp, Warp{});
   for (int i = 0; i < count; ++i) {
@@ -164,7 +174,9 @@ void run_block(dim3 block) {
   }
   place.resize(count);
   for (int i = 0; i < count; ++i) place[order[i]] = i;
-  std::fill(shared.begin(), shared.end(), 0xff);
+  std::fill(std::begin(shared), std::end(shared), kPoison);
+  shared_bytes = dynamic_bytes;
+  variables.clear();
   current = order[0];
   thread_index = threads[current].index;
   go(scheduler, threads[current].context);
@@ -173,17 +185,16 @@ void run_block(dim3 block) {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (shared_bytes > (48 << 10) || block.x * block.y * block.z > 1024 || grid.x == 0 || grid.y > 65535 ||
-      grid.z > 65535) {
+void launch(dim3 grid, dim3 block, size_t dynamic, const std::function<void()>& kernel) {
+  if (dynamic > kSharedBytes || block.x * block.y * block.z > 1024 || grid.x == 0 || grid.y > 65535 || grid.z > 65535) {
     std::fprintf(stderr, "cuda_emulator: a launch that a GPU refuses: grid %u %u %u, block %u, shared %zu\n", grid.x,
-                 grid.y, grid.z, block.x, shared_bytes);
+                 grid.y, grid.z, block.x, dynamic);
     std::abort();
   }
   body = &kernel;
   block_size = block;
   grid_size = grid;
-  shared.resize(shared_bytes + 16);
+  dynamic_bytes = round_up(dynamic);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -194,8 +205,22 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   }
 }
 
-unsigned char* dynamic_shared() {
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
+unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(shared); }
+
+void* static_shared(const void* key, size_t bytes) {
+  for (const auto& [known, memory] : variables) {
+    if (known == key) return memory;
+  }
+  void* const memory = dynamic_shared() + shared_bytes;
+  shared_bytes += round_up(bytes);
+  if (shared_bytes > kSharedBytes) {
+    std::fprintf(stderr,
+                 "cuda_emulator: a kernel with %zu bytes of shared memory, %zu of them dynamic, of %zu at most\n",
+                 shared_bytes, dynamic_bytes, kSharedBytes);
+    std::abort();
+  }
+  variables.emplace_back(key, memory);
+  return memory;
 }
 
 int lane() { return current % kWarp; }
@@ -218,6 +243,13 @@ void block_barrier() {
     if (turn > kPatience) hang("__syncthreads");
     give_turn(next_in_block());
   }
+}
+
+bool block_any(bool predicate) {
+  const unsigned mine = generation % 2;
+  any[mine] = any[mine] || predicate;
+  block_barrier();
+  return any[mine];
 }
 
 const uint64_t* exchange(uint64_t value) {

@@ -2,8 +2,9 @@
 //
 // Threads give way at __syncthreads, at warp-wide instructions and where they wait for another block's word (SWAT_GIVE_WAY) alone,
 // in an order that a seed shuffles, so that a kernel that leans on an order, or that misses a barrier between one thread's write
-// and another's read, is likely to be seen. Dynamic shared memory starts as NaN bytes. A barrier that not every thread reaches
-// aborts. What cannot be seen: memory order between blocks that run at the same time, and speed.
+// and another's read, is likely to be seen. Shared memory starts as NaN in every type of ours, which as an integer is a large number;
+// a block that takes more than 48 KiB of it aborts, and so does a barrier that not every thread reaches. What cannot be seen: memory
+// order between blocks that run at the same time, and speed.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +19,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
-// Blocks run one at a time.
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -37,7 +36,11 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 unsigned char* dynamic_shared();
+// A variable that the threads of a block share. `key` is of its declaration: the first thread to come there takes the memory.
+void* static_shared(const void* key, size_t bytes);
 void block_barrier();
+// A barrier that tells whether the predicate holds for any thread.
+bool block_any(bool predicate);
 void give_way();
 // Gives every lane of the warp what each of them passed; valid until the lane's next exchange.
 const uint64_t* exchange(uint64_t value);
@@ -67,9 +70,14 @@ V unpack(uint64_t bits) {
 #define SWAT_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ((void)(stream), cuda_emulator::launch(dim3(grid), dim3(block), shared, [=] { kernel(__VA_ARGS__); }))
 #define SWAT_DYNAMIC_SHARED(name) unsigned char* const name = cuda_emulator::dynamic_shared()
+#define SWAT_SHARED(name, type)                           \
+  static char name##_key;                                 \
+  auto& name = *static_cast<std::type_identity_t<type>*>( \
+      cuda_emulator::static_shared(&name##_key, sizeof(std::type_identity_t<type>)))
 #define SWAT_GIVE_WAY() cuda_emulator::give_way()
 
 inline void __syncthreads() { cuda_emulator::block_barrier(); }
+inline int __syncthreads_or(int predicate) { return cuda_emulator::block_any(predicate != 0); }
 inline void __syncwarp() { cuda_emulator::exchange(0); }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   const uint64_t* all = cuda_emulator::exchange(predicate);

@@ -40,10 +40,6 @@ SWAT_HOST_DEVICE inline uint32_t bits_at(const uint64_t* words, int64_t numel, i
   return static_cast<uint32_t>(bits);
 }
 
-SWAT_HOST_DEVICE inline bool bit_at(const uint64_t* words, int64_t index) {
-  return words[index / 64] >> (index % 64) & 1;
-}
-
 // The lowest `count` bits, 0 <= count <= 32.
 SWAT_HOST_DEVICE inline uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << count) - 1; }
 

@@ -74,7 +74,7 @@ __device__ inline int64_t begin_of(const SumPlan& plan, int part) {
 // A source has kExtremes, Channel channel(c), and add(channel, element, sums).
 template <typename Source>
 __global__ void __launch_bounds__(kNormThreads) sum_planes(SumPlan plan, Source source, Sums* partial) {
-  __shared__ double shared[4][kNormWarps];
+  SWAT_SHARED(shared, double[4][kNormWarps]);
   const NormShape& shape = plan.shape;
   const int64_t c = blockIdx.x / plan.parts;
   const int part = static_cast<int>(blockIdx.x % plan.parts);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kNormThreads) sum_planes(SumPlan plan, Source 
 // The same in channels_last: `width` channels side by side, and as many rows of them as there are threads for.
 template <typename Source>
 __global__ void __launch_bounds__(kNormThreads) sum_rows(SumPlan plan, Source source, Sums* partial) {
-  __shared__ double shared[4][kNormThreads];
+  SWAT_SHARED(shared, double[4][kNormThreads]);
   const int64_t channels = plan.shape.channels;
   const int part = static_cast<int>(blockIdx.x % plan.parts), together = kNormThreads / plan.width;
   const int64_t c = static_cast<int64_t>(blockIdx.x / plan.parts) * plan.width + threadIdx.x % plan.width;

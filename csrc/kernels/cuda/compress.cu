@@ -225,17 +225,12 @@ __global__ void __launch_bounds__(kPackThreads) prepare_tiles(CompressParams<T> 
 template <typename T, Layout kLayout>
 __global__ void __launch_bounds__(kPackThreads) pack_tiles(CompressParams<T> p, PackPlan plan, int64_t pixel_step) {
   SWAT_DYNAMIC_SHARED(shared);
-  __shared__ int sums[kWarp + 1];
-  __shared__ uint32_t number, taken;
-  __shared__ int64_t rank;
+  SWAT_SHARED(sums, int[kWarp + 1]);
+  SWAT_SHARED(taken, uint32_t);
   if (skipped(p.condition)) return;
-  uint64_t* const states = static_cast<uint64_t*>(p.scratch) + 1;
-  if (threadIdx.x == 0) {
-    // Not blockIdx: a tile waits for all before it, so their blocks must have started.
-    number = atomicAdd(static_cast<uint32_t*>(p.scratch), 1u);
-    taken = 0;
-  }
-  __syncthreads();
+  uint64_t* const scratch = static_cast<uint64_t*>(p.scratch);
+  if (threadIdx.x == 0) taken = 0;
+  const int64_t number = next_tile(scratch);
   const Tile<T> tile = tile_at<T, kLayout>(p.input, plan, number, shared);
   const Compute<T> limit = load(*p.threshold);
   const bool staging = p.capacity > 0;
@@ -249,14 +244,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_tiles(CompressParams<T> p, 
   __syncthreads();
   const int total = count_tile(tile, sums);
   const bool last = number + 1 == plan.tiles;
-  if (threadIdx.x / kWarp == 0) {
-    const int64_t before = look_back(states, number, total);
-    if (lane_id() == 0) {
-      rank = before;
-      if (last) *p.kept = before + total;
-    }
-  }
-  __syncthreads();
+  const int64_t rank = block_look_back(scratch, number, total);
+  if (last && threadIdx.x == 0) *p.kept = rank + total;
   write_mask(tile, rank, last, p.words, p.ranks);
   if (rank >= p.capacity) return;
   if constexpr (kLayout == Layout::channels_last) {
@@ -311,7 +300,7 @@ __global__ void __launch_bounds__(kPackThreads) zero_tail(T* values, const int64
 template <typename T>
 size_t compress_scratch(const CompressParams<T>& p) {
   const PackPlan plan = pack_plan(p.input);
-  return plan.two_passes ? compress_planes_scratch(p.input.numel()) : plan.scratch();
+  return plan.two_passes ? compress_planes_scratch(p.input.numel()) : look_back_scratch(plan.tiles);
 }
 
 template <typename T>

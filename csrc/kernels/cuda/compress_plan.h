@@ -9,8 +9,8 @@
 // Bytes moved for n elements of s bytes and c values, without what caches spare:
 //   least       n s + c s + n (1/8 + 1/128)   input, values, bitmap and ranks
 //   one pass    least + 32 t + r s            t tiles, a state of 8 bytes each: cleared, written twice, read; r values read again
-//   two passes  least + 32 q + n (1/2 + 1/32) q of the n s / 32 sectors keep an element; the bitmap is cleared, joined, counted
-//                                             and read again, ranks are scanned
+//   two passes  least + 32 q + n / 2          q of the n s / 32 sectors keep an element; the bitmap is cleared, joined, counted and
+//                                             read again
 #pragma once
 
 #include "bits.h"
@@ -44,8 +44,6 @@ struct PackPlan {
   size_t shared(size_t value_bytes) const {
     return staged * value_bytes + halves * (sizeof(uint32_t) + sizeof(int32_t)) + units * sizeof(uint16_t);
   }
-  // Bytes: a counter of tiles, then a state for each.
-  size_t scratch() const { return (1 + tiles) * sizeof(uint64_t); }
 };
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Two passes over a channels_last tensor: bits, counts of each 1024, their prefix sums, values.
+// Two passes over a channels_last tensor: bits, the number of them before each 1024, values.
 //
 // A lane owns a channel, so that 32 lanes read 32 neighbours, and collects the bits of 32 pixels; those lie across words of the
 // bitmap where the image is no multiple of 32, and are then joined with an integer atomic, whose order cannot be seen.
@@ -6,7 +6,7 @@
 
 #include "bits.h"
 #include "layout.h"
-#include "scan.cuh"
+#include "look_back.cuh"
 
 namespace swat::cuda {
 namespace {
@@ -69,14 +69,22 @@ __global__ void __launch_bounds__(kThreads) clear_bits(uint32_t* halves, int64_t
   if (at < count) halves[at] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    count_blocks(const uint32_t* halves, int64_t numel, int64_t* counts, const int32_t* condition) {
+// The rank directory and the number of all bits: a thread has 1024 elements, which its warp counts together.
+__global__ void __launch_bounds__(kThreads) rank_blocks(const uint32_t* halves, int64_t numel, int64_t* ranks,
+                                                        int64_t* kept, uint64_t* scratch, const int32_t* condition) {
+  SWAT_SHARED(sums, int[kWarp + 1]);
   if (skipped(condition)) return;
-  const int64_t block = warp_of_grid();
-  if (block * kBlockBits >= numel) return;
-  const int64_t half = block * kBlockHalves + lane_id();
-  const int count = warp_sum(half < 2 * word_count(numel) ? count_bits(halves[half]) : 0);
-  if (lane_id() == 0) counts[block] = count;
+  const int64_t tile = next_tile(scratch), block = tile * kThreads + threadIdx.x;
+  int count = 0, total;
+  for (int i = 0; i < kWarp; ++i) {
+    const int64_t half = (block - lane_id() + i) * kBlockHalves + lane_id();
+    const int found = warp_sum(half < 2 * word_count(numel) ? count_bits(halves[half]) : 0);
+    if (lane_id() == i) count = found;
+  }
+  const int within = block_exclusive(count, sums, &total);
+  const int64_t before = block_look_back(scratch, tile, total);
+  if (block < block_count(numel)) ranks[block] = before + within;
+  if (tile + 1 == gridDim.x && threadIdx.x == 0) *kept = before + total;
 }
 
 template <typename T>
@@ -98,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) collect_channels(CompressParams<T> p
 
 }  // namespace
 
-size_t compress_planes_scratch(int64_t numel) { return scan_scratch<int64_t>(block_count(numel)); }
+size_t compress_planes_scratch(int64_t numel) { return look_back_scratch(ceil_div(block_count(numel), kThreads)); }
 
 template <typename T>
 cudaError_t compress_planes(const CompressParams<T>& p, cudaStream_t stream) {
@@ -107,10 +115,9 @@ cudaError_t compress_planes(const CompressParams<T>& p, cudaStream_t stream) {
   uint32_t* const bits = reinterpret_cast<uint32_t*>(p.words);
   SWAT_LAUNCH(clear_bits, ceil_div(halves, kThreads), kThreads, 0, stream, bits, halves, p.condition);
   SWAT_LAUNCH(mark_channels<T>, units, kThreads, 0, stream, p.input, pixel_step, p.threshold, bits, p.condition);
-  SWAT_LAUNCH(count_blocks, ceil_div(block_count(numel), kWarps), kThreads, 0, stream, bits, numel, p.ranks,
-              p.condition);
-  SWAT_TRY(cudaGetLastError());
-  SWAT_TRY(scan(p.ranks, block_count(numel), p.kept, p.scratch, p.condition, stream));
+  SWAT_TRY(cudaMemsetAsync(p.scratch, 0, compress_planes_scratch(numel), stream));
+  SWAT_LAUNCH(rank_blocks, ceil_div(block_count(numel), kThreads), kThreads, 0, stream, bits, numel, p.ranks, p.kept,
+              static_cast<uint64_t*>(p.scratch), p.condition);
   if (p.capacity > 0) SWAT_LAUNCH(collect_channels<T>, units, kThreads, 0, stream, p, pixel_step, numel);
   return cudaGetLastError();
 }

@@ -1,8 +1,10 @@
 // Sparse-weight convolution and its input gradient (gather.h says how one kernel serves both).
 //
 // A block computes 256 output pixels of 64 rows. Channels pass through shared memory a few at a time; a warp walks the lists of
-// its 8 rows, each entry multiplies the same weight with 256 pixels, 8 a lane, and the sums stay in registers until the end. One
-// read of shared memory a multiplication is the limit of this scheme.
+// its 8 rows, each entry multiplies the same weight with 256 pixels, 8 a lane, and the sums stay in registers until the end.
+// Channels that none of the 64 rows reads are not copied. One read of shared memory a multiplication is the limit of this scheme.
+#include <vector>
+
 #include "launchers.h"
 #include "weight_list.cuh"
 
@@ -17,7 +19,7 @@ struct GatherParams {
   GatherAxis rows_axis, columns_axis;
   GatherPlan plan;
   int64_t groups, rows, channels;  // rows and channels of one group
-  const int32_t* starts;           // list of row r: starts[r * channels] to starts[(r + 1) * channels]
+  const int32_t* starts;           // list of row r and channel c: starts[r * channels + c] up to the next
   const GatherEntry<T>* entries;
 };
 
@@ -83,14 +85,10 @@ __global__ void __launch_bounds__(kGatherThreads, 2) gather_tiles(GatherParams<T
   // Rows and channels of all groups are fewer than weights, which 32 bits count.
   const int rows = static_cast<int>(p.rows), channels = static_cast<int>(p.channels);
   const int first_row = (row_block * kGatherWarps + static_cast<int>(threadIdx.x) / kWarp) * kRows;
-  int cursor[kRows];
   C sums[kRows][kGatherPixels];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = group * rows + first_row + r;
-    const bool exists = first_row + r < rows;
-    cursor[r] = exists ? p.starts[row * channels] : 0;
-    const C start = exists && p.bias != nullptr ? load(p.bias[row]) : C{0};
+    const C start = first_row + r < rows && p.bias != nullptr ? load(p.bias[group * rows + first_row + r]) : C{0};
 #pragma unroll
     for (int q = 0; q < kGatherPixels; ++q) sums[r][q] = start;
   }
@@ -99,30 +97,34 @@ __global__ void __launch_bounds__(kGatherThreads, 2) gather_tiles(GatherParams<T
   for (int channel = 0; channel < channels; channel += static_cast<int>(p.plan.block_channels)) {
     const int left = channels - channel;
     const int count = left < p.plan.block_channels ? left : static_cast<int>(p.plan.block_channels);
-    __syncthreads();  // the last channels are still being read
+    // Lists are in the order of channels: lane r holds where those of row r start and end in these.
+    int begin = 0, end = 0;
+    if (lane_id() < kRows && first_row + lane_id() < rows) {
+      const int32_t* const list = p.starts + (group * rows + first_row + lane_id()) * channels + channel;
+      begin = list[0];
+      end = list[count];
+    }
+    // Also a barrier: the last channels are still being read.
+    if (__syncthreads_or(begin != end) == 0) continue;
     stage(p, patch, static_cast<int64_t>(group) * channels + channel, count, tile_n,
           tile_y * static_cast<int>(p.rows_axis.step) + static_cast<int>(p.rows_axis.lowest),
           tile_x * static_cast<int>(p.columns_axis.step) + static_cast<int>(p.columns_axis.lowest));
     __syncthreads();
-    const int shift = channel * step, limit = shift + count * step;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int end = first_row + r < rows ? p.starts[(group * rows + first_row + r + 1) * channels] : 0;
-      for (;;) {
+      const int stop = __shfl_sync(kAllLanes, end, r);
+      for (int first = __shfl_sync(kAllLanes, begin, r); first < stop; first += kWarp) {
         // 32 entries at once, then one after the other by all lanes.
-        const int at = cursor[r] + lane_id();
         GatherEntry<T> entry{C{0}, 0};
-        if (at < end) entry = p.entries[at];
-        // Lists are in the order of channels, so those of this block come first.
-        const int ready = count_bits(__ballot_sync(kAllLanes, at < end && entry.offset < limit));
+        if (first + lane_id() < stop) entry = p.entries[first + lane_id()];
+        entry.offset -= channel * step;
+        const int ready = stop - first < kWarp ? stop - first : kWarp;
         for (int i = 0; i < ready; ++i) {
           const C weight = __shfl_sync(kAllLanes, entry.weight, i);
-          const C* const pixels = patch + (__shfl_sync(kAllLanes, entry.offset, i) - shift);
+          const C* const pixels = patch + __shfl_sync(kAllLanes, entry.offset, i);
 #pragma unroll
           for (int q = 0; q < kGatherPixels; ++q) sums[r][q] += weight * pixels[base[q]];
         }
-        cursor[r] += ready;
-        if (ready < kWarp) break;
       }
     }
   }
@@ -180,15 +182,10 @@ void join_axes(GatherParams<T>& p) {
   }
   auto& in = p.input;
   auto& out = p.output;
-  if (in.row_stride != in.width * in.column_stride || out.row_stride != out.width * out.column_stride) return;
-  auto join_rows = [](auto& image) {
-    image.width *= image.height;
-    image.height = 1;
-    image.row_stride = image.width * image.column_stride;
-  };
+  if (in.height * in.width > kMostExtent || !rows_join(in) || !rows_join(out)) return;
   join_rows(in);
   join_rows(out);
-  if (in.batch_stride == in.row_stride && out.batch_stride == out.row_stride) {
+  if (in.batch * in.width <= kMostExtent && in.batch_stride == in.row_stride && out.batch_stride == out.row_stride) {
     auto join_batch = [](auto& image) {
       image.width *= image.batch;
       image.batch = 1;
@@ -224,10 +221,27 @@ cudaError_t run_gather(GatherParams<T> p, const PackedView<T>& weight, bool back
   return cudaGetLastError();
 }
 
-// Entries hold 32-bit offsets and counts.
+// Whether 32 bits hold what the kernels count in them: weights, places of entries, coordinates in the padded image.
 template <typename T>
-bool too_large(const ConvGeometry& g, const PackedView<T>& weight) {
-  return weight.numel > INT32_MAX || g.group_in() * g.taps() > INT32_MAX || g.group_out() * g.taps() > INT32_MAX;
+bool fits(const ConvGeometry& g, const PackedView<T>& weight) {
+  for (int64_t extent : {g.in_height, g.in_width, g.out_height, g.out_width, g.stride_height, g.stride_width, g.pad_top,
+                         g.pad_left, g.kernel_height, g.kernel_width, g.dilation_height, g.dilation_width}) {
+    if (extent > kMostExtent) return false;
+  }
+  return g.out_height * g.stride_height <= kMostExtent && g.out_width * g.stride_width <= kMostExtent &&
+         g.kernel_height * g.dilation_height <= kMostExtent && g.kernel_width * g.dilation_width <= kMostExtent &&
+         weight.numel <= INT32_MAX && g.group_in() * g.taps() <= INT32_MAX && g.group_out() * g.taps() <= INT32_MAX;
+}
+
+// The parts of one axis of an input gradient that some tap meets.
+std::vector<GatherAxis> backward_axes(int64_t inputs, int64_t size, int64_t taps, int64_t stride, int64_t dilation,
+                                      int64_t pad) {
+  std::vector<GatherAxis> found;
+  for (int64_t residue = 0; residue < stride && residue < size; ++residue) {
+    const GatherAxis axis = backward_axis(inputs, size, taps, stride, dilation, pad, residue);
+    if (axis.span > 0) found.push_back(axis);
+  }
+  return found;
 }
 
 }  // namespace
@@ -240,7 +254,7 @@ size_t convolution_scratch(const ConvolutionParams<T>& p) {
 template <typename T>
 cudaError_t convolution(const ConvolutionParams<T>& p, cudaStream_t stream) {
   const ConvGeometry& g = p.geometry;
-  if (too_large(g, p.weight)) return cudaErrorInvalidValue;
+  if (!fits(g, p.weight)) return cudaErrorInvalidValue;
   GatherParams<T> gather{};
   gather.input = p.input;
   gather.output = p.output;
@@ -263,19 +277,26 @@ size_t convolution_input_grad_scratch(const InputGradParams<T>& p) {
 template <typename T>
 cudaError_t convolution_input_grad(const InputGradParams<T>& p, cudaStream_t stream) {
   const ConvGeometry& g = p.geometry;
-  if (too_large(g, p.weight)) return cudaErrorInvalidValue;
-  for (int64_t i = 0; i < (g.stride_height < g.in_height ? g.stride_height : g.in_height); ++i) {
-    for (int64_t j = 0; j < (g.stride_width < g.in_width ? g.stride_width : g.in_width); ++j) {
+  if (!fits(g, p.weight)) return cudaErrorInvalidValue;
+  const std::vector<GatherAxis> rows =
+      backward_axes(g.out_height, g.in_height, g.kernel_height, g.stride_height, g.dilation_height, g.pad_top);
+  const std::vector<GatherAxis> columns =
+      backward_axes(g.out_width, g.in_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left);
+  const int64_t parts = (g.stride_height < g.in_height ? g.stride_height : g.in_height) *
+                        (g.stride_width < g.in_width ? g.stride_width : g.in_width);
+  if (static_cast<int64_t>(rows.size() * columns.size()) < parts) {  // what no tap meets is zero
+    SWAT_TRY(cudaMemsetAsync(p.grad_input.data, 0, p.grad_input.numel() * sizeof(T), stream));
+  }
+  for (const GatherAxis& row : rows) {
+    for (const GatherAxis& column : columns) {
       GatherParams<T> gather{};
       gather.input = p.grad_output;
       gather.output = p.grad_input;
-      gather.rows_axis =
-          backward_axis(g.out_height, g.in_height, g.kernel_height, g.stride_height, g.dilation_height, g.pad_top, i);
-      gather.columns_axis =
-          backward_axis(g.out_width, g.in_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left, j);
-      gather.output.data += i * gather.output.row_stride + j * gather.output.column_stride;
-      gather.output.height = gather.rows_axis.outputs;
-      gather.output.width = gather.columns_axis.outputs;
+      gather.rows_axis = row;
+      gather.columns_axis = column;
+      gather.output.data += row.residue * gather.output.row_stride + column.residue * gather.output.column_stride;
+      gather.output.height = row.outputs;
+      gather.output.width = column.outputs;
       gather.output.row_stride *= g.stride_height;
       gather.output.column_stride *= g.stride_width;
       gather.groups = g.groups;

@@ -14,10 +14,12 @@ constexpr int kTilePixels = 128;
 
 template <typename T, bool kStrided>
 __global__ void __launch_bounds__(kThreads) restore_blocks(DecompressParams<T> p) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp, numel = p.packed.numel;
-  if (block * kBlockBits >= numel) return;
+  const int64_t block = p.begin / kBlockBits + static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t end = p.begin + p.output.numel();
+  if (block * kBlockBits >= end) return;
   const int64_t half = block * kBlockHalves + lane_id();
-  const uint32_t mine = half < 2 * word_count(numel) ? reinterpret_cast<const uint32_t*>(p.packed.words)[half] : 0;
+  const uint32_t mine =
+      half < 2 * word_count(p.packed.numel) ? reinterpret_cast<const uint32_t*>(p.packed.words)[half] : 0;
   const int before = warp_exclusive(count_bits(mine));
   const T* const values = p.packed.values + p.packed.ranks[block];
 #pragma unroll 8
@@ -25,9 +27,9 @@ __global__ void __launch_bounds__(kThreads) restore_blocks(DecompressParams<T> p
     const uint32_t bits = __shfl_sync(kAllLanes, mine, i);
     const int start = __shfl_sync(kAllLanes, before, i);
     const int64_t index = block * kBlockBits + i * 32 + lane_id();
-    if (index < numel) {
+    if (index >= p.begin && index < end) {
       const bool kept = bits >> lane_id() & 1;
-      p.output.data[kStrided ? offset_of(p.output, index) : index] =
+      p.output.data[kStrided ? offset_of(p.output, index - p.begin) : index - p.begin] =
           kept ? values[start + count_bits(bits & low_bits(lane_id()))] : from_bits<T>(0);
     }
   }
@@ -36,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) restore_blocks(DecompressParams<T> p
 template <typename T>
 __global__ void __launch_bounds__(kThreads) restore_channels(DecompressParams<T> p, int64_t pixel_step) {
   // One element more a row: a column then meets every bank.
-  __shared__ T tile[kTileChannels][kTilePixels + 1];
+  SWAT_SHARED(tile, T[kTileChannels][kTilePixels + 1]);
   const ImageView<T>& out = p.output;
   const int64_t pixels = out.height * out.width;
   const int64_t runs = ceil_div(pixels, kTilePixels), slabs = ceil_div(out.channels, kTileChannels);
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) restore_channels(DecompressParams<T>
   const int channels =
       static_cast<int>(out.channels - channel < kTileChannels ? out.channels - channel : kTileChannels);
   for (int c = threadIdx.x / kWarp; c < channels; c += kWarps) {
-    expand_run(p.packed, (sample * out.channels + channel + c) * pixels + pixel, length,
+    expand_run(p.packed, p.begin + (sample * out.channels + channel + c) * pixels + pixel, length,
                [&](int i, T value) { tile[c][i] = value; });
   }
   __syncthreads();
@@ -62,9 +64,9 @@ __global__ void __launch_bounds__(kThreads) restore_channels(DecompressParams<T>
 
 template <typename T>
 cudaError_t decompress(const DecompressParams<T>& p, cudaStream_t stream) {
-  const int64_t numel = p.packed.numel;
+  const int64_t numel = p.output.numel();
   if (numel == 0) return cudaSuccess;
-  const int64_t blocks = ceil_div(block_count(numel), kWarps);
+  const int64_t blocks = ceil_div(block_count(p.begin + numel) - p.begin / kBlockBits, kWarps);
   switch (layout_of(p.output)) {
     case Layout::contiguous:
       SWAT_LAUNCH((restore_blocks<T, false>), blocks, kThreads, 0, stream, p);

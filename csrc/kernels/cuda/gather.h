@@ -15,7 +15,7 @@ struct GatherAxis {
   int64_t stride, dilation, pad;
   int64_t residue;  // input gradient: outputs are residue + stride * i; forward: -1
   // Coordinates fit in 32 bits, and a 64-bit division on the device is a slow call.
-  int64_t lowest, span;  // of the present taps' coordinates: the first, and to the last
+  int64_t lowest, span;  // of the present taps' coordinates: the first, and how many to the last; no tap: span 0
 
   SWAT_HOST_DEVICE bool present(int64_t tap) const {
     return residue < 0 || static_cast<int32_t>(residue + pad - tap * dilation) % static_cast<int32_t>(stride) == 0;
@@ -37,7 +37,7 @@ inline GatherAxis find_span(GatherAxis axis) {
     any = true;
   }
   axis.lowest = low;
-  axis.span = high - low + 1;
+  axis.span = any ? high - low + 1 : 0;
   return axis;
 }
 
@@ -58,6 +58,7 @@ struct GatherEntry {
   int32_t offset;  // channel * patch + where the tap lies in a patch; direct kernel: channel * taps + tap
 };
 
+inline constexpr int64_t kMostExtent = INT32_MAX / 4;  // of an axis, with its padding
 inline constexpr int kGatherThreads = 256;
 inline constexpr int kGatherWarps = kGatherThreads / kWarp;
 inline constexpr int kGatherPixels = 8;                    // of one lane
@@ -80,19 +81,23 @@ struct GatherPlan {
   int64_t tiles() const { return tiles_n * tiles_h * tiles_w; }
 };
 
-// The tile that wastes least of its 256 pixels and of the reading around them.
+// The longest piece where `length` is cut as evenly as can be, in pieces of at most `most`; 0 where that is 0.
+inline int64_t even_piece(int64_t length, int64_t most) {
+  return most == 0 ? 0 : ceil_div(length, ceil_div(length, most));
+}
+
+// The tile that wastes least of its 256 pixels and of the reading around them. Each size that an even cut gives is tried once: at
+// most 256 / width heights for each of at most 256 widths, however large the image.
 inline GatherPlan plan_gather(int64_t batch, const GatherAxis& rows, const GatherAxis& columns, int64_t channels,
                               int64_t element_bytes) {
   GatherPlan best{};
   best.direct = true;
   int64_t least = 0;
   const int64_t room = kPatchBytes / element_bytes;
-  for (int64_t pieces_w = ceil_div(columns.outputs, kGatherTile); pieces_w <= columns.outputs; ++pieces_w) {
-    const int64_t width = ceil_div(columns.outputs, pieces_w);
-    if (pieces_w > 1 && width == ceil_div(columns.outputs, pieces_w - 1)) continue;
-    for (int64_t pieces_h = ceil_div(rows.outputs, kGatherTile / width); pieces_h <= rows.outputs; ++pieces_h) {
-      const int64_t height = ceil_div(rows.outputs, pieces_h);
-      if (pieces_h > 1 && height == ceil_div(rows.outputs, pieces_h - 1)) continue;
+  for (int64_t width = even_piece(columns.outputs, kGatherTile); width > 0;
+       width = even_piece(columns.outputs, width - 1)) {
+    for (int64_t height = even_piece(rows.outputs, kGatherTile / width); height > 0;
+         height = even_piece(rows.outputs, height - 1)) {
       GatherPlan plan{};
       plan.patch_height = (height - 1) * rows.step + rows.span;
       plan.patch_width = (width - 1) * columns.step + columns.span;

@@ -30,7 +30,7 @@ cudaError_t trim(uint64_t* words, int64_t* ranks, int64_t* kept, int64_t numel, 
 template <typename T>
 cudaError_t clear_tail(T* values, const int64_t* kept, int64_t capacity, cudaStream_t stream);
 
-// The dense tensor, written whole.
+// The dense tensor, or a run of its samples, written whole.
 template <typename T>
 cudaError_t decompress(const DecompressParams<T>& params, cudaStream_t stream);
 
@@ -45,12 +45,5 @@ template <typename T>
 size_t convolution_input_grad_scratch(const InputGradParams<T>& params);
 template <typename T>
 cudaError_t convolution_input_grad(const InputGradParams<T>& params, cudaStream_t stream);
-
-// grad_weight[O, C / groups, kh, kw]: every weight, from the kept activations, expanded tile by tile in shared memory. Tensor
-// cores for BFloat16 and Half, for float only with allow_tf32; sums in float (double for double).
-template <typename T>
-size_t convolution_weight_grad_scratch(const WeightGradParams<T>& params);
-template <typename T>
-cudaError_t convolution_weight_grad(const WeightGradParams<T>& params, cudaStream_t stream);
 
 }  // namespace swat::cuda

@@ -53,4 +53,26 @@ __device__ inline int64_t look_back(uint64_t* states, int64_t tile, int64_t own)
   return before;
 }
 
+// Bytes of scratch, all zero before the kernel: a counter of tiles, then a state for each.
+inline size_t look_back_scratch(int64_t tiles) { return (1 + tiles) * sizeof(uint64_t); }
+
+// The tile that this block is to take: not blockIdx, as the blocks of all earlier tiles must have started.
+__device__ inline int64_t next_tile(uint64_t* scratch) {
+  SWAT_SHARED(number, uint32_t);
+  if (threadIdx.x == 0) number = atomicAdd(reinterpret_cast<uint32_t*>(scratch), 1u);
+  __syncthreads();
+  return number;
+}
+
+// The sum over the tiles before `tile`, for every thread of its block.
+__device__ inline int64_t block_look_back(uint64_t* scratch, int64_t tile, int64_t own) {
+  SWAT_SHARED(before, int64_t);
+  if (threadIdx.x < kWarp) {
+    const int64_t found = look_back(scratch + 1, tile, own);
+    if (lane_id() == 0) before = found;
+  }
+  __syncthreads();
+  return before;
+}
+
 }  // namespace swat::cuda

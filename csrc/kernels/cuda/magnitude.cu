@@ -29,7 +29,7 @@ struct Scratch {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     count_digits(const T* data, int64_t count, int shift, Scratch* scratch, const int32_t* condition) {
-  __shared__ uint32_t bins[kCopies][kDigits];
+  SWAT_SHARED(bins, uint32_t[kCopies][kDigits]);
   if (skipped(condition)) return;
   for (int i = threadIdx.x; i < kCopies * kDigits; i += kThreads) bins[i / kDigits][i % kDigits] = 0;
   __syncthreads();
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kFindThreads)
     find_digit(int64_t k, bool first, bool last, Scratch* scratch, T* result, const int32_t* condition) {
-  __shared__ int64_t shared[kWarp + 1];
+  SWAT_SHARED(shared, int64_t[kWarp + 1]);
   if (skipped(condition)) return;
   const uint64_t prefix = scratch->state.prefix;
   const int64_t wanted = first ? k : scratch->state.remaining;

@@ -48,6 +48,7 @@ template <typename T>
 struct DecompressParams {
   PackedView<T> packed;
   ImageView<T> output;
+  int64_t begin;  // the packed element that is the first of the output
 };
 
 template <typename T>
@@ -65,18 +66,7 @@ struct InputGradParams {
   ConvGeometry geometry;
   ImageView<const T> grad_output;
   PackedView<T> weight;
-  ImageView<T> grad_input;
-  void* scratch;
-};
-
-template <typename T>
-struct WeightGradParams {
-  ConvGeometry geometry;
-  ImageView<const T> grad_output;
-  PackedView<T> input;  // [N, C, H, W]
-  T* grad_weight;       // [out_channels, group_in, taps], or [out_channels, taps, group_in]:
-  bool channels_last;
-  bool allow_tf32;  // float may be rounded to tf32 and multiplied on tensor cores
+  ImageView<T> grad_input;  // dense in memory
   void* scratch;
 };
 

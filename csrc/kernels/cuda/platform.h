@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../host_device.h"
 
@@ -13,7 +14,8 @@
 // kernel is a name in parentheses where it has template arguments.
 #define SWAT_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define SWAT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define SWAT_GIVE_WAY()  // threads of a GPU need no turn to go on
+#define SWAT_SHARED(name, type) __shared__ std::type_identity_t<type> name  // type may be an array
+#define SWAT_GIVE_WAY()                                                     // threads of a GPU need no turn to go on
 #endif
 
 namespace swat::cuda {

@@ -1,10 +1,11 @@
 // A packed weight as lists of (value, place): one list a row of the gather, in the order of channels. Built on the device, since
-// nothing but the device knows how many weights are kept.
+// nothing but the device knows how many weights are kept, in one pass: a block counts what its slices hold, learns from the blocks
+// before it where its entries go (look_back.cuh), and writes them.
 #pragma once
 
 #include "bits.h"
 #include "gather.h"
-#include "scan.cuh"
+#include "look_back.cuh"
 
 namespace swat::cuda {
 
@@ -17,7 +18,7 @@ struct WeightListParams {
   int64_t groups, rows, channels;  // rows and channels of one group
   bool backward;                   // rows are the weight's input channels
   int64_t patch, patch_width;      // patch 0: places for the direct kernel
-  int32_t* starts;                 // [groups * rows * channels + 1]: counts, then where each (row, channel) starts
+  int32_t* starts;                 // [groups * rows * channels + 1]: where each (row, channel) starts
   GatherEntry<T>* entries;
 };
 
@@ -41,42 +42,41 @@ __device__ inline void each_tap(const WeightListParams<T>& p, int64_t unit, bool
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kListThreads) count_lists(WeightListParams<T> p) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kListThreads + threadIdx.x;
-  if (unit >= p.groups * p.rows * p.channels) return;
-  int32_t count = 0;
-  each_tap(p, unit, false, [&](int64_t, int64_t) { ++count; });
-  p.starts[unit] = count;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kListThreads) fill_lists(WeightListParams<T> p) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kListThreads + threadIdx.x;
-  if (unit >= p.groups * p.rows * p.channels) return;
-  int32_t at = p.starts[unit];
-  if (at == p.starts[unit + 1]) return;
+__global__ void __launch_bounds__(kListThreads) make_lists(WeightListParams<T> p, uint64_t* scratch) {
+  SWAT_SHARED(sums, int[kWarp + 1]);
+  const int64_t tile = next_tile(scratch), unit = tile * kListThreads + threadIdx.x;
+  const int64_t units = p.groups * p.rows * p.channels;
+  int count = 0, total;
+  if (unit < units) each_tap(p, unit, false, [&](int64_t, int64_t) { ++count; });
+  const int within = block_exclusive(count, sums, &total);
+  const int64_t rank = block_look_back(scratch, tile, total);
+  if (unit >= units) return;
+  int32_t at = static_cast<int32_t>(rank) + within;
+  p.starts[unit] = at;
+  if (unit + 1 == units) p.starts[units] = at + count;
+  if (count == 0) return;
   const int64_t channel = unit % p.channels, taps = p.rows_axis.taps * p.columns_axis.taps;
-  each_tap(p, unit, true, [&](int64_t rank, int64_t tap) {
+  each_tap(p, unit, true, [&](int64_t value, int64_t tap) {
     int64_t offset = channel * taps + tap;
     if (p.patch != 0) {
       offset = channel * p.patch +
                (p.rows_axis.coordinate(tap / p.columns_axis.taps) - p.rows_axis.lowest) * p.patch_width +
                p.columns_axis.coordinate(tap % p.columns_axis.taps) - p.columns_axis.lowest;
     }
-    p.entries[at++] = {load(p.weight.values[rank]), static_cast<int32_t>(offset)};
+    p.entries[at++] = {load(p.weight.values[value]), static_cast<int32_t>(offset)};
   });
 }
 
-// Bytes of scratch, in this order: starts, sums of their scan, entries.
+// Bytes of scratch, in this order: that of the look-back, starts, entries.
 template <typename T>
 struct WeightListScratch {
-  size_t starts, sums, entries;
+  size_t states, starts, entries;
 
   WeightListScratch(int64_t units, int64_t kept)
-      : starts(round_up((units + 1) * sizeof(int32_t))),
-        sums(round_up(scan_scratch<int32_t>(units))),
+      : states(round_up(look_back_scratch(ceil_div(units, kListThreads)))),
+        starts(round_up((units + 1) * sizeof(int32_t))),
         entries(round_up(kept * sizeof(GatherEntry<T>))) {}
-  size_t total() const { return starts + sums + entries; }
+  size_t total() const { return states + starts + entries; }
   static size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 };
 
@@ -85,11 +85,11 @@ cudaError_t build_lists(WeightListParams<T>& p, void* scratch, cudaStream_t stre
   const int64_t units = p.groups * p.rows * p.channels;
   const WeightListScratch<T> bytes(units, p.weight.capacity);
   unsigned char* const memory = static_cast<unsigned char*>(scratch);
-  p.starts = reinterpret_cast<int32_t*>(memory);
-  p.entries = reinterpret_cast<GatherEntry<T>*>(memory + bytes.starts + bytes.sums);
-  SWAT_LAUNCH(count_lists<T>, ceil_div(units, kListThreads), kListThreads, 0, stream, p);
-  SWAT_TRY(scan(p.starts, units, p.starts + units, memory + bytes.starts, nullptr, stream));
-  SWAT_LAUNCH(fill_lists<T>, ceil_div(units, kListThreads), kListThreads, 0, stream, p);
+  p.starts = reinterpret_cast<int32_t*>(memory + bytes.states);
+  p.entries = reinterpret_cast<GatherEntry<T>*>(memory + bytes.states + bytes.starts);
+  SWAT_TRY(cudaMemsetAsync(scratch, 0, bytes.states, stream));
+  SWAT_LAUNCH(make_lists<T>, ceil_div(units, kListThreads), kListThreads, 0, stream, p,
+              static_cast<uint64_t*>(scratch));
   return cudaGetLastError();
 }
 

@@ -6,22 +6,22 @@ from checks import assert_close
 from torch import nn
 
 from swat_ext import SWATConv2d, SWATLinear, functional, reference
-from swat_ext.ops import dense as masked
+from swat_ext.ops import dense
 
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Small tiles; collects how many bytes each of them unpacks."""
     seen: list[int] = []
-    real = masked._unpacked
+    real = dense._unpacked
 
     def counted(*arguments: object) -> torch.Tensor:
         part = real(*arguments)  # type: ignore[arg-type]
         seen.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(masked, "_TILE_BYTES", 4096)
-    monkeypatch.setattr(masked, "_unpacked", counted)
+    monkeypatch.setattr(dense, "_TILE_BYTES", 4096)
+    monkeypatch.setattr(dense, "_unpacked", counted)
     return seen
 
 
@@ -85,7 +85,7 @@ def test_without_a_gradient_of_the_input_the_weight_may_change(backend: str) -> 
 def test_without_a_gradient_of_the_input_nothing_of_the_weight_is_saved() -> None:
     saved: list[torch.Tensor] = []
     layer = SWATConv2d(4, 3, 1, sparsity=0.5)
-    layer(torch.randn(2, 4, 3, 3))  # measured
+    layer(torch.randn(2, 4, 3, 3))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         layer(torch.randn(2, 4, 3, 3))
     assert len(saved) == 2
