@@ -195,6 +195,50 @@ def test_take_refuses_what_does_not_fit() -> None:
         torch.ops.swat_ext.take(input.half(), packed.mask, 50)
 
 
+def _bounds(keep: int, numel: int) -> tuple[int, int]:
+    """Fewest and most elements that a selection of ``keep`` may hold: 4 / 5 and 5 / 4 of it, 64 elements of slack."""
+    return max(min(keep - keep // 5, keep - 64), 0), min(max(keep + keep // 4, keep + 64), numel)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "small", "ties", "half zero", "all zero", "large", "NaN"])
+@pytest.mark.parametrize("numel", [0, 1, 50, 100, 1500, 5000])
+def test_a_budget_is_kept_on_both_sides(kind: str, numel: int, isa: str, generator: torch.Generator) -> None:
+    """A stale threshold is replaced for the call where it lets too many or too few pass."""
+    input = torch.randn(numel, generator=generator)
+    input = {
+        "gaussian": input,
+        "small": input / 20,
+        "ties": input.round(),
+        "half zero": input.relu(),
+        "all zero": input * 0,
+        "large": input * 100,
+        "NaN": torch.where(input > 1, torch.nan, input),
+    }[kind]
+    for keep in {0, 1, numel // 10, numel // 2, numel} & set(range(min(numel, 1), numel + 1)):
+        least, most = _bounds(keep, numel)
+        for threshold in (0.0, 0.5, 1.2816, 3.0, torch.inf, torch.nan):
+            stale = torch.tensor(threshold)
+            passing = int((~(input.abs() < stale) & (input != 0)).sum())
+            stays = passing <= most and (passing >= least or not threshold > 0)
+            limit = stale if stays else reference.kth_magnitude(input, keep)
+            expected = reference.compress(input, limit)
+            values, mask = torch.ops.swat_ext.compress(input, stale, keep=keep)
+            described = f"keep {keep}, threshold {threshold}, {passing} pass"
+            assert_identical(mask, expected.mask, f"mask, {described}")
+            assert_identical(values, expected.values, f"values, {described}")
+            padded, its_mask = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=True)
+            assert padded.shape == (most,), described
+            kept = min(expected.values.numel(), most)
+            assert_identical(padded[:kept], expected.values[:kept], f"padded values, {described}")
+            assert not padded[kept:].any(), described
+            if kept == expected.values.numel():
+                assert_identical(its_mask, expected.mask, f"padded mask, {described}")
+            dense = torch.ops.swat_ext.decompress(padded, its_mask, [numel], False)
+            assert int((dense != 0).sum()) == kept, described
+            taken = torch.ops.swat_ext.take(input, its_mask, most)
+            assert_identical(taken, padded, f"taken, {described}")
+
+
 def test_results_own_their_memory(isa: str, generator: torch.Generator) -> None:
     input = torch.randn(1000, generator=generator)
     packed = functional.compress(input, 1.0)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from swat_ext import functional, reference
 
+ops = torch.ops.swat_ext
+
 _WIDTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70, 130)
 _LEADING = ((), (1,), (2,), (16,), (17,), (35,), (100,), (0,), (3, 5), (2, 0, 3), (1, 1), (4, 3, 2, 2))
 
@@ -51,6 +53,58 @@ def _check(rng: random.Random, dtype: torch.dtype) -> None:
 def test_random_linear_layers(seed: int, isa: str) -> None:
     for number in range(40):
         _check(random.Random(f"linear {seed} {number}"), torch.float64 if number % 4 == 0 else torch.float32)
+
+
+def _operators(rng: random.Random, dtype: torch.dtype) -> None:
+    """The operators themselves: results of their own, contiguous, from any strides; values may be padded."""
+    leading, (inputs, outputs) = rng.choice(_LEADING), (rng.choice(_WIDTHS), rng.choice(_WIDTHS))
+    sizes = ((*leading, inputs), (outputs, inputs), (*leading, outputs))
+    input, weight, grad_output = (
+        in_layout(random_tensor(size, dtype, rng, positive=True), rng.choice(LAYOUTS), rng) for size in sizes
+    )
+    bias = random_tensor((outputs,), dtype, rng, positive=True) if rng.random() < 0.5 else None
+    threshold = [torch.tensor(random_threshold(tensor, rng), dtype=dtype) for tensor in (weight, input)]
+    rows = input.reshape(-1, inputs)
+    packed_weight, packed_input = ops.compress(weight, threshold[0]), ops.compress(rows.t(), threshold[1])
+    if rng.random() < 0.5:
+        packed_weight, packed_input = (
+            (torch.nn.functional.pad(values, (0, 5), value=torch.nan), mask)
+            for values, mask in (packed_weight, packed_input)
+        )
+    got = {
+        "output": ops.linear(input, *packed_weight, weight.shape, bias),
+        "input gradient": ops.linear_input_grad(grad_output, *packed_weight, weight.shape),
+        "weight gradient": ops.linear_weight_grad(grad_output, *packed_input, weight.shape),
+    }
+    kept_weight, kept_rows = reference.top(weight, threshold[0]).double(), reference.top(rows, threshold[1]).double()
+    expected = {
+        "output": F.linear(input.double(), kept_weight, None if bias is None else bias.double()),
+        "input gradient": grad_output.double() @ kept_weight,
+        "weight gradient": grad_output.double().reshape(-1, outputs).t() @ kept_rows,
+    }
+    for name, result in got.items():
+        assert_close(result, expected[name], f"{name} of {sizes}, {dtype}, bias {bias is not None}")
+        assert result.is_contiguous()
+        assert result._base is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_linear_operators(seed: int, isa: str) -> None:
+    for number in range(40):
+        _operators(random.Random(f"operators {seed} {number}"), torch.float64 if number % 4 == 0 else torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 3, 2), (4, 0, 2), (4, 3, 0), (0, 0, 0)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_empty_operators(rows: int, inputs: int, outputs: int, with_bias: bool) -> None:
+    input, weight, grad_output = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    bias = torch.randn(outputs) if with_bias else None
+    packed_weight, packed_input = (ops.compress(tensor, torch.tensor(0.0)) for tensor in (weight, input.t()))
+    output = ops.linear(input, *packed_weight, weight.shape, bias)
+    assert_identical(output, F.linear(input, weight, bias), "output")
+    assert_identical(ops.linear_input_grad(grad_output, *packed_weight, weight.shape), grad_output @ weight, "input")
+    weight_grad = ops.linear_weight_grad(grad_output, *packed_input, weight.shape)
+    assert_identical(weight_grad, grad_output.t() @ input, "weight gradient")
 
 
 def _small(generator: torch.Generator) -> list[Tensor]:
