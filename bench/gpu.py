@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import swat_ext
 from swat_ext.models.resnet import resnet50
-from swat_ext.ops import library as ops
 from swat_ext.ops.arguments import HAS_CUDA
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -64,7 +63,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def packed(tensor: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     keep = swat_ext.functional.keep_count(tensor.numel(), sparsity)
     threshold = torch.ops.swat_ext.kth_magnitude(tensor, keep)
-    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, capacity=ops.capacity(keep, tensor.numel()))
+    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, padded=True)
 
 
 def bench_layer(
@@ -77,7 +76,8 @@ def bench_layer(
     input = torch.randn(batch, channels, size, size, device="cuda").to(dtype)
     pad, last = kernel // 2, torch.channels_last
     grad = torch.randn_like(torch.nn.functional.conv2d(input, weight, stride=stride, padding=pad))
-    geometry = ((stride, stride), (pad,) * 4, (1, 1), 1)
+    geometry = ((stride, stride), (pad,) * 4, (1, 1), 1, True)
+    ops = torch.ops.swat_ext
     result: dict[str, Any] = {"layer": name, "precision": precision}
 
     def dense(memory_format: torch.memory_format) -> dict[str, Callable[[], object]]:
@@ -101,11 +101,11 @@ def bench_layer(
         for sparsity in sparsities:
             w, a = packed(weight, sparsity), packed(x, sparsity)
             ours = {
-                "forward": lambda w=w, a=a: torch.ops.swat_ext.conv2d(x, weight, None, *w, *a, *geometry, True),
-                "input grad": lambda w=w: torch.ops.swat_ext.conv2d_input_grad(
-                    g, *w, weight.shape, x.shape, *geometry, True
+                "forward": lambda w=w: ops.conv2d(x, *w, weight.shape, None, *geometry),
+                "input grad": lambda w=w: ops.conv2d_input_grad(g, *w, weight.shape, x.shape, *geometry),
+                "weight grad": lambda a=a: ops.conv2d_weight_grad(
+                    g, *a, x.shape, weight.shape, *geometry, allow_tf32=precision == "tf32"
                 ),
-                "weight grad": lambda a=a: ops.weight_grad(g, *a, x.shape, weight.shape, *geometry),
             }
             calls.update({f"{key} {sparsity:g}": call for key, call in ours.items()})
         found = times(calls)
@@ -125,7 +125,7 @@ def bench_packing(sparsities: list[float]) -> list[dict[str, Any]]:
             for sparsity in sparsities:
                 keep = swat_ext.functional.keep_count(input.numel(), sparsity)
                 threshold = torch.ops.swat_ext.kth_magnitude(input, keep)
-                limits = {"keep": keep, "capacity": ops.capacity(keep, input.numel())}
+                limits = {"keep": keep, "padded": True}
                 values, mask = torch.ops.swat_ext.compress(input, threshold, **limits)
                 found = times(
                     {
@@ -162,7 +162,7 @@ def bench_step(precision: str, sparsity: float | None, batch: int, steps: int = 
     samples = []
     with tf32(precision == "tf32"):
         for number in range(steps + 3):
-            if number == 3:  # the first measure the layers, and take memory to do so
+            if number == 3:  # the first choose cuDNN's kernels, and take memory to do so
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             start = time.perf_counter()
