@@ -126,16 +126,27 @@ def dense_calls(layer: Layer, tensors: Tensors, layout: str) -> Calls:
 def swat_calls(layer: Layer, tensors: Tensors, sparsity: float) -> Calls:
     """``tensors`` is in the layout that the model would be in."""
     input, weight, grad_output = tensors.input, tensors.weight, tensors.grad_output
-    if layer.linear:  # as the layer does it: rows are the pixels of an image
-        input, grad_output = functional.linear_input_view(input), functional.linear_input_view(grad_output)
-        weight = weight[:, :, None, None]
-    thresholds = {name: common.select(t, sparsity) for name, t in (("weight", weight), ("activation", input))}
+    view = functional.linear_input_view(input) if layer.linear else input
+    thresholds = {name: common.select(t, sparsity) for name, t in (("weight", weight), ("activation", view))}
     packed_weight = functional.compress(weight, thresholds["weight"])
-    packed_input = functional.compress(input, thresholds["activation"])
-    channels_last = not input.is_contiguous()
+    packed_input = functional.compress(view, thresholds["activation"])
     ops = torch.ops.swat_ext
-    geometry = ([layer.stride] * 2, [layer.padding] * 4, [1, 1], layer.groups)
     chosen = {"weight_threshold": thresholds["weight"], "activation_threshold": thresholds["activation"]}
+    kept_weight = (*packed_weight[:2], weight.shape)
+    if layer.linear:
+        passes: Calls = {
+            "forward": lambda: ops.linear(input, *kept_weight, None),
+            "input grad": lambda: ops.linear_input_grad(grad_output, *kept_weight),
+            "weight grad": lambda: ops.linear_weight_grad(grad_output, *packed_input[:2], weight.shape),
+        }
+    else:
+        geometry = ([layer.stride] * 2, [layer.padding] * 4, [1, 1], layer.groups, not input.is_contiguous())
+        kept_input = (*packed_input[:2], input.shape)
+        passes = {
+            "forward": lambda: ops.conv2d(input, *kept_weight, None, *geometry),
+            "input grad": lambda: ops.conv2d_input_grad(grad_output, *kept_weight, input.shape, *geometry),
+            "weight grad": lambda: ops.conv2d_weight_grad(grad_output, *kept_input, weight.shape, *geometry),
+        }
 
     def function(input: Tensor, weight: Tensor) -> Tensor:
         if layer.linear:
@@ -144,27 +155,14 @@ def swat_calls(layer: Layer, tensors: Tensors, sparsity: float) -> Calls:
 
     def compress() -> None:
         functional.compress(weight, thresholds["weight"])
-        functional.compress(input, thresholds["activation"])
+        functional.compress(view, thresholds["activation"])
 
     def selection() -> None:
         common.select(weight, sparsity)
-        common.select(input, sparsity)
+        common.select(view, sparsity)
 
-    prefix = f"{sparsity:.2f}"
-    return {
-        f"{prefix} forward": lambda: ops.conv2d(
-            input, weight, None, *packed_weight[:2], None, None, *geometry, channels_last
-        ),
-        f"{prefix} input grad": lambda: ops.conv2d_input_grad(
-            grad_output, *packed_weight[:2], weight.shape, input.shape, *geometry, channels_last
-        ),
-        f"{prefix} weight grad": lambda: ops.conv2d_weight_grad(
-            grad_output, *packed_input[:2], input.shape, weight.shape, *geometry, channels_last
-        ),
-        f"{prefix} compress": compress,
-        f"{prefix} select": selection,
-        f"{prefix} step": _step(function, tensors),
-    }
+    passes |= {"compress": compress, "select": selection, "step": _step(function, tensors)}
+    return {f"{sparsity:.2f} {name}": call for name, call in passes.items()}
 
 
 def sparseprop_calls(layer: Layer, tensors: Tensors, sparsity: float) -> Calls:

@@ -90,7 +90,9 @@ class Trainee:
         """Let every sparse layer select at its next forward."""
         for layer in self.layers:
             state = layer.selection_state()
-            layer.load_selection_state(state | {"due": [0] * len(state["due"])})
+            for name in ("weight", "activation"):
+                state[name]["selected"] = state[name]["steps"] - layer.topk_period
+            layer.load_selection_state(state)
 
     def check(self) -> None:
         """Raise RuntimeError if training went wrong: nothing is timed on NaN."""

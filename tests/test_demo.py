@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from swat_ext import demo, report
+from swat_ext import demo, keep_freed_memory, report
 from swat_ext.models import resnet18
 from swat_ext.training.comparison import Comparison, Outcome
 from swat_ext.training.figure import draw
@@ -16,6 +17,13 @@ from swat_ext.training.figure import draw
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freed_memory_as_before() -> Iterator[None]:
+    yield
+    keep_freed_memory(False)
+
 
 TINY = {"width": 0.125, "epochs": 2, "samples": 32, "test_samples": 32, "batch_size": 16, "progress": False}
 
@@ -57,6 +65,19 @@ def test_activation_sparsity_can_differ() -> None:
 def test_the_seed_decides() -> None:
     losses = [demo.compare(**{**TINY, "epochs": 1, "seed": seed}).swat.losses for seed in (1, 1, 2)]  # type: ignore[arg-type]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(("has", "words"), [(True, "freed memory kept"), (False, "freed memory left to the system")])
+def test_both_runs_have_one_allocator(has: bool, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    train = demo._train
+    monkeypatch.setattr(demo, "keep_freed_memory", lambda: order.append("keep") or has)
+    monkeypatch.setattr(
+        demo, "_train", lambda name, *rest, **options: order.append(name) or train(name, *rest, **options)
+    )
+    found = demo.compare(**{**TINY, "epochs": 1})  # type: ignore[arg-type]
+    assert order == ["keep", "dense", "SWAT 90/90"]
+    assert f"{words} in both" in found.conditions
 
 
 def _outcome(name: str, accuracy: float, flops: float, step_ms: float, held: int) -> Outcome:

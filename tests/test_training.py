@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swat_ext import SWATConfig, SWATLayer, SWATScheduler, sparsify_, train
+from swat_ext import SWATConfig, SWATLayer, SWATScheduler, keep_freed_memory, sparsify_, train
 from swat_ext.data import Synthetic
 from swat_ext.models import resnet18
 from swat_ext.training import (
@@ -39,6 +39,12 @@ from swat_ext.training import (
 # What differs between two equal runs.
 _TIMES = ("step_ms", "seconds")
 TINY = Recipe(epochs=4, batch_size=8, lr=0.05, schedule="cosine", warmup_epochs=1, topk_period=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freed_memory_as_before() -> Iterator[None]:
+    yield
+    keep_freed_memory(False)
 
 
 class Interrupted(Exception):
@@ -381,6 +387,17 @@ def test_command_line_trains_and_says_what(tmp_path: Path, capsys: pytest.Captur
     assert sorted(path.name for path in out.iterdir()) == [CHECKPOINT, LOG]
     # The sparse run's weights are a plain network's.
     resnet18(10, width=0.125).load_state_dict(load_checkpoint(out / CHECKPOINT)["model"])
+
+
+@pytest.mark.parametrize("kind", [[], ["--dense"]])
+def test_freed_memory_is_kept_before_anything_is_made(
+    kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: order.append("keep"))
+    monkeypatch.setattr(train, "load_data", lambda *_, **__: order.append("data") or _data())
+    assert train.main([*_ARGUMENTS, *kind, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert order == ["keep", "data"]
 
 
 def test_command_line_resumes_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
