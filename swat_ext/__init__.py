@@ -1,6 +1,7 @@
 """Sparse training with real kernels: SWAT's sparse weights and activations for PyTorch, faster and smaller."""
 
-from swat_ext import _C, functional
+from swat_ext import functional
+from swat_ext._C import build_info
 from swat_ext.allocator import keep_freed_memory
 from swat_ext.config import SWATConfig
 from swat_ext.inspect.profile import MemoryProfile, profile_memory
@@ -35,4 +36,4 @@ __all__ = [
     "tune_",
 ]
 
-__version__: str = _C.build_info()["version"]
+__version__: str = build_info()["version"]
