@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 
 #include "kernels/cpu/gather_plan.h"
@@ -266,6 +267,43 @@ TEST(PackAxis, PutsNeighbouringOutputsSideBySide) {
     std::sort(sorted.begin(), sorted.end());
     EXPECT_EQ(std::adjacent_find(sorted.begin(), sorted.end()), sorted.end());
   }
+}
+
+GatherShape with_kernel(int64_t taps, int64_t channels) {
+  GatherShape shape{.batch = 1,
+                    .out_height = 2,
+                    .out_width = 2,
+                    .step_h = 1,
+                    .step_w = 1,
+                    .row_taps = std::vector<int64_t>(taps),
+                    .column_taps = {},
+                    .groups = 1,
+                    .group_channels = channels,
+                    .group_rows = 3,
+                    .entries = taps,
+                    .element_bytes = 4,
+                    .vector_bytes = 64};
+  std::iota(shape.row_taps.begin(), shape.row_taps.end(), 0);
+  shape.column_taps = shape.row_taps;
+  return shape;
+}
+
+// Offsets in a tile have 32 bits: large kernels leave room for few channels, or for none.
+TEST(GatherPlan, TilesFitTheirOffsets) {
+  const RegisterTile tiles[] = {{4, 4}, {1, 8}};
+  for (int64_t taps : {1, 30, 1000, 1500, 5000}) {
+    const GatherPlan plan = plan_gather(with_kernel(taps, 300), tiles, 2, 2);
+    const size_t pixels = plan.rows.source.size() * plan.columns.source.size();
+    EXPECT_LE(pixels * plan.block_channels * 64, taps < 5000 ? size_t{256} << 20 : size_t{INT32_MAX}) << taps;
+    int64_t next = 0;
+    for (const ChannelBlock& block : plan.blocks) {
+      EXPECT_EQ(block.channel_begin, next);
+      next = block.channel_end;
+      EXPECT_LE(next - block.channel_begin, plan.block_channels);
+    }
+    EXPECT_EQ(next, 300);
+  }
+  EXPECT_THROW(plan_gather(with_kernel(6000, 1), tiles, 2, 2), std::invalid_argument);
 }
 
 }  // namespace

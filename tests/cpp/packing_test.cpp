@@ -91,6 +91,16 @@ void check_compress(const KernelTable& table) {
       ASSERT_TRUE(same_bits(restored[at], kept ? v : T{0}));
     }
     ASSERT_EQ(next, packed.values.size());
+    Packed<T> changed = packed;
+    auto counted = [&] { return count_kept(table, threads(2), changed.words.data(), changed.ranks.data(), numel); };
+    EXPECT_EQ(counted(), static_cast<int64_t>(next));
+    changed.ranks[random() % changed.ranks.size()] += 1;
+    EXPECT_EQ(counted(), std::nullopt);
+    changed.ranks = packed.ranks;
+    if (numel % 64) {
+      changed.words.back() |= uint64_t{1} << (numel % 64);
+      EXPECT_EQ(counted(), std::nullopt);
+    }
     // Bits past the end stay clear: counting relies on it.
     if (numel % 64) {
       ASSERT_EQ(packed.words.back() >> (numel % 64), 0u);

@@ -59,8 +59,9 @@ void sum_parts(const ImageView<const T>& image, int64_t part, int64_t begin, int
                             row % image.height * image.row_stride + column * image.column_stride;
       if (image.channels < kN && pixel == index * part && index + kN <= end && column + kN * part <= image.width) {
         // Few channels: parts that follow each other fill the vectors.
-        const ImageView<const T> parts{
-            .channels = kN, .channel_stride = part * image.column_stride, .column_stride = image.column_stride};
+        ImageView<const T> parts = image;
+        parts.channels = kN;
+        parts.channel_stride = part * image.column_stride;
         for (int64_t channel = 0; channel < image.channels; ++channel) {
           T found[kN] = {};
           add_pixels(parts, data + channel * image.channel_stride, part, found);
