@@ -197,7 +197,9 @@ inline bool ranks_agree(const uint64_t* words, const int64_t* ranks, int64_t num
   const int64_t blocks = ceil_div(numel, kBlockBits);
   bool agree = begin > 0 || ranks[0] == 0;
   for (int64_t i = begin; i < std::min(end, blocks - 1); ++i) {
-    agree &= ranks[i + 1] - ranks[i] == count_bits(words, i * kBlockBits, (i + 1) * kBlockBits);
+    int64_t count = 0;
+    for (int64_t k = 0; k < kBlockBits / 64; ++k) count += __builtin_popcountll(words[i * (kBlockBits / 64) + k]);
+    agree &= ranks[i + 1] - ranks[i] == count;
   }
   return agree;
 }
