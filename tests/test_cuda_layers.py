@@ -268,6 +268,10 @@ def test_nan_stays_in_its_channel_of_batch_norm(kernels: Kernels, saved: str, ge
         assert result[:, [0, 1, 3]].isfinite().all()
     assert got[5][2].isnan()
     assert got[5][[0, 1, 3]].isfinite().all()
+    if saved == "int8":
+        assert got[8][2].isnan()
+        assert (got[7][:, 2] == -127).all()
+        assert not got[7][:, 1].any()
 
 
 def test_wrong_arguments_are_named(kernels: Kernels) -> None:

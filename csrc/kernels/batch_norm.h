@@ -174,12 +174,13 @@ SWAT_HOST_DEVICE inline float random_fraction(uint32_t index, uint32_t key) {
   return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
 }
 
-// floor(value + fraction), in [-127, 127]; of NaN -127. The conversion rounds towards zero, so it is done above zero.
+// floor(value + fraction) in [-127, 127], of a value in this range or hardly beyond; of NaN, whose conversion would be undefined, -127.
+// The conversion rounds towards zero, so it is done above zero.
 template <typename C>
 SWAT_HOST_DEVICE inline int8_t int8_code(C value, float fraction) {
   const C moved = value + C{128} + fraction;
-  const C bounded = moved > C{1} ? moved : C{1};
-  return static_cast<int8_t>(static_cast<int32_t>(bounded < C{255} ? bounded : C{255}) - 128);
+  const int32_t code = static_cast<int32_t>(moved > C{1} ? moved : C{1}) - 128;
+  return static_cast<int8_t>(code < 127 ? code : 127);
 }
 
 }  // namespace swat
