@@ -28,4 +28,6 @@ class SWATReLU(LeanLayer, nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         if not (has_kernels(input) and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
+        if self.inplace and torch.compiler.is_compiling():
+            return super().forward(input)  # the compiler knows who else reads the input, and plans the memory itself
         return relu(input, self.inplace)

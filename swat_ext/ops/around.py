@@ -100,8 +100,7 @@ class _ReLUGrad(torch.autograd.Function):
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.relu`` that saves one bit an element."""
-    # A compiled graph has no use for in-place operations: the compiler plans the memory itself.
-    output: Tensor = _ReLU.apply(input, inplace and not torch.compiler.is_compiling())
+    output: Tensor = _ReLU.apply(input, inplace)
     return output
 
 
