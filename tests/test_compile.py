@@ -120,3 +120,21 @@ def test_a_new_sparsity_reaches_the_compiled_layer():
     assert int((fast(x) != 0).sum()) == 500
     layer.sparsity = 0.9
     assert int((fast(x) != 0).sum()) == 100
+
+
+def test_whoever_reads_what_a_relu_changed_in_place_sees_it_changed():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = swat_ext.SWATReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = x * 2
+            return self.relu(hidden) + hidden
+
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+    for model in (Reads(), compiled(Reads())):
+        output = model(x)
+        assert output.tolist() == [0.0, 8.0]
+        (grad,) = torch.autograd.grad(output.sum(), x)
+        assert grad.tolist() == [0.0, 4.0]

@@ -127,61 +127,64 @@ def _selections() -> list[tuple[Any, ...]]:
     ]
 
 
+def _lying(*size: int) -> list[torch.Tensor]:
+    """Images contiguous, channels_last, sliced by channel of both, permuted and expanded."""
+    doubled = _randn(size[0], 2 * size[1], *size[2:])
+    last = doubled.to(memory_format=torch.channels_last)
+    plain = [_randn(*size), _randn(*size).to(memory_format=torch.channels_last)]
+    return [
+        *plain,
+        *(tensor[:, 1 : 1 + size[1]] for tensor in (doubled, last)),
+        _randn(size[1], size[0], *size[2:]).transpose(0, 1),
+        *(tensor[:1].expand(size) for tensor in plain),
+    ]
+
+
 def _relus() -> list[tuple[Any, ...]]:
-    samples = [_randn(3, 5), _randn(2, 3, 5, 7, requires_grad=True), _randn(0, 4), _randn(9, dtype=torch.float64)]
-    last = _randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
-    return [(sample,) for sample in (*samples, last, last.clone().requires_grad_())]
+    samples = [_randn(3, 5), _randn(0, 4), _randn(9, dtype=torch.float64), *_lying(2, 3, 5, 7), _randn(4, 5, 6).mT]
+    return [(sample,) for sample in samples]
+
+
+def _inplace_relus() -> list[tuple[Any, ...]]:
+    return [(sample,) for (sample,) in _relus() if 0 not in sample.stride()]
 
 
 def _relu_grads() -> list[tuple[Any, ...]]:
-    samples = []
-    for channels_last in (False, True):
-        grad = _randn(2, 3, 5, 7, requires_grad=True)
-        samples.append((grad, torch.ops.swat_ext.relu(_randn(2, 3, 5, 7) + 1)[1], channels_last))
-    return samples
+    grads = [_randn(2, 3, 5, 7), _randn(2, 3, 5, 7).to(memory_format=torch.channels_last), _randn(2, 3, 7, 5, 1).mT]
+    return [(grad, torch.ops.swat_ext.relu(torch.ones_like(grad))[1]) for grad in grads]
 
 
 def _norms() -> list[tuple[Any, ...]]:
     """Arguments of batch_norm: layouts, forms of what is saved, with and without affine parameters."""
     samples: list[tuple[Any, ...]] = []
-    for saved, channels_last, affine, requires_grad in (
-        ("exact", False, True, True),
-        ("exact", True, True, True),
-        ("bf16", True, False, True),
-        ("int8", False, True, True),
-        ("int8", True, True, False),
-    ):
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        input = _randn(3, 5, 4, 2).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
-        weight, bias = [_randn(5, requires_grad=requires_grad) if affine else None for _ in range(2)]
-        samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3)))
-    return [*samples, (_randn(7, 5, requires_grad=True), None, None, 1e-5, "exact", None)]
+    for saved in ("exact", "bf16", "int8"):
+        for number, input in enumerate(_lying(3, 5, 4, 2)):
+            weight, bias = [_randn(5) if number % 2 else None for _ in range(2)]
+            samples.append((input, weight, bias, 1e-5, saved, torch.tensor(3)))
+    return [*samples, (_randn(7, 5), None, None, 1e-5, "exact", None)]
 
 
 def _norm_grads() -> list[tuple[Any, ...]]:
     samples = []
     for input, weight, bias, eps, saved, seed in _norms():
-        found = torch.ops.swat_ext.batch_norm(input.detach(), weight, bias, eps, saved, seed)
-        _, mean, invstd, _, codes, scale = (tensor.detach() for tensor in found)
-        weight = None if weight is None else weight.detach()
-        kept = (input.detach(), None) if saved == "exact" else (codes, scale if saved == "int8" else None)
+        _, mean, invstd, _, codes, scale = torch.ops.swat_ext.batch_norm(input, weight, bias, eps, saved, seed)
+        kept = (input, None) if saved == "exact" else (codes, scale if saved == "int8" else None)
         samples.append((_randn(*input.shape), *kept, mean, invstd, weight, saved))
     return samples
 
 
 def _pools() -> list[tuple[Any, ...]]:
-    samples: list[tuple[Any, ...]] = []
-    for channels_last, ceil_mode, requires_grad in ((False, True, True), (True, False, True), (True, True, False)):
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        input = _randn(2, 3, 8, 7).contiguous(memory_format=memory_format).requires_grad_(requires_grad)
-        samples.append((input, [3, 2], [2, 3], [1, 0], [1, 2], ceil_mode))
-    return samples
+    return [
+        (input, [3, 2], [2, 3], [1, 0], [1, 2], ceil_mode)
+        for ceil_mode in (False, True)
+        for input in (*_lying(2, 3, 8, 7), *_lying(3, 1, 8, 7))
+    ]
 
 
 def _pool_grads() -> list[tuple[Any, ...]]:
     samples = []
     for input, *geometry in _pools():
-        output, positions = torch.ops.swat_ext.max_pool2d(input.detach(), *geometry)
+        output, positions = torch.ops.swat_ext.max_pool2d(input, *geometry)
         samples.append((torch.ones_like(output), positions, input.shape, *geometry))
     return samples
 
@@ -203,7 +206,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "max_pool2d": _pools,
     "max_pool2d_backward": _pool_grads,
     "relu": _relus,
-    "relu_": lambda: [(sample.detach(),) for (sample,) in _relus()],
+    "relu_": _inplace_relus,
     "relu_backward": _relu_grads,
     "select": _selections,
     "take": _takes,

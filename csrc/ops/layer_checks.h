@@ -7,7 +7,8 @@
 #include <optional>
 #include <string>
 
-#include "../kernels/cpu/layer_params.h"
+#include "../kernels/batch_norm.h"
+#include "../kernels/max_pool.h"
 #include "checks.h"
 #include "layout.h"
 
@@ -34,24 +35,32 @@ inline void check_bits(const char* name, const Tensor& mask, int64_t numel) {
 
 // ---- ReLU -------------------------------------------------------------------------------------------------------------------
 
-inline void check_relu_backward(const Tensor& grad_output, const Tensor& mask, bool channels_last) {
+// That no two elements to be written share memory, as those of an expanded tensor do.
+inline void check_writable(const char* name, const Tensor& tensor) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    STD_TORCH_CHECK(tensor.stride(dim) != 0 || tensor.size(dim) < 2 || tensor.numel() == 0, name,
+                    ": expected elements that share no memory, got a tensor expanded in dimension ", dim,
+                    "; clone() it first");
+  }
+}
+
+inline void check_relu_backward(const Tensor& grad_output, const Tensor& mask) {
   check_bits("mask", mask, grad_output.numel());
   check_same_device("mask", mask, grad_output);
-  STD_TORCH_CHECK(!channels_last || grad_output.dim() == 4,
-                  "channels_last: expected a grad_output of 4 dimensions, got size ", to_string(sizes(grad_output)));
+  STD_TORCH_CHECK(is_dense(grad_output), "grad_output: expected a tensor without gaps, as the output lies in memory");
 }
 
 // ---- Batch normalisation ----------------------------------------------------------------------------------------------------
 
-inline cpu::Saved saved_form(const char* name, const std::string& form) {
-  if (form == "exact") return cpu::Saved::exact;
-  if (form == "bf16") return cpu::Saved::bf16;
+inline Saved saved_form(const char* name, const std::string& form) {
+  if (form == "exact") return Saved::exact;
+  if (form == "bf16") return Saved::bf16;
   STD_TORCH_CHECK(form == "int8", name, ": expected 'exact', 'bf16' or 'int8', got '", form, "'");
-  return cpu::Saved::int8;
+  return Saved::int8;
 }
 
-inline ScalarType code_type(cpu::Saved saved, ScalarType exact) {
-  return saved == cpu::Saved::exact ? exact : saved == cpu::Saved::bf16 ? ScalarType::BFloat16 : ScalarType::Char;
+inline ScalarType code_type(Saved saved, ScalarType exact) {
+  return saved == Saved::exact ? exact : saved == Saved::bf16 ? ScalarType::BFloat16 : ScalarType::Char;
 }
 
 // One number a channel, contiguous; nothing where there is none.
@@ -76,46 +85,37 @@ inline std::optional<Tensor> weights_of(const char* name, const std::optional<Te
   return per_channel(name, tensor, tensor->scalar_type() == wide(dtype) ? wide(dtype) : dtype, channels);
 }
 
-// A batch normalisation of [batch, channels, pixels], whose arguments have been checked but for those of one number a channel.
-struct CheckedNorm {
-  cpu::Saved form;
-  int64_t batch, channels, pixels;
-  bool channels_last;
-};
-
-inline CheckedNorm checked_norm(const char* name, const Tensor& tensor, cpu::Saved form) {
+inline NormShape norm_shape(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 4, name, ": expected [N, C, H, W] or [N, C], got size ",
                   to_string(sizes(tensor)));
   const int64_t pixels = tensor.dim() == 2 ? 1 : tensor.size(2) * tensor.size(3);
-  return {form, tensor.size(0), tensor.size(1), pixels, is_channels_last(tensor)};
+  return {tensor.size(0), tensor.size(1), pixels, !tensor.is_contiguous() && suggests_channels_last(tensor)};
 }
 
-inline CheckedNorm check_batch_norm(const Tensor& input, const std::string& saved, const std::optional<Tensor>& seed) {
-  const CheckedNorm norm = checked_norm("input", input, saved_form("saved", saved));
-  STD_TORCH_CHECK(norm.batch * norm.pixels > 1, "input: expected more than 1 value per channel, got size ",
+inline NormShape check_batch_norm(const Tensor& input, const std::optional<Tensor>& seed) {
+  const NormShape shape = norm_shape("input", input);
+  STD_TORCH_CHECK(shape.count() > 1, "input: expected more than 1 value per channel, got size ",
                   to_string(sizes(input)));
   if (seed) {
     STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 number");
     check_same_device("seed", *seed, input);
   }
-  return norm;
+  return shape;
 }
 
-inline CheckedNorm check_batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
-                                             const std::optional<Tensor>& scale, const Tensor& mean,
-                                             const Tensor& invstd, const std::string& saved_as) {
-  const cpu::Saved form = saved_form("saved_as", saved_as);
+inline NormShape check_batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
+                                           const std::optional<Tensor>& scale, const Tensor& mean, const Tensor& invstd,
+                                           const std::string& saved_as, Saved form) {
   const ScalarType type = code_type(form, grad_output.scalar_type());
   STD_TORCH_CHECK(saved.scalar_type() == type, "saved: expected scalar type ", static_cast<int>(type), " for '",
                   saved_as, "', got ", static_cast<int>(saved.scalar_type()));
   check_size("grad_output", sizes(grad_output), sizes(saved));
-  const CheckedNorm norm = checked_norm("saved", saved, form);
-  STD_TORCH_CHECK(form != cpu::Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
+  STD_TORCH_CHECK(form != Saved::int8 || scale, "scale: expected a tensor for 'int8', got None");
   check_same_device("saved", saved, grad_output);
   check_same_device("mean", mean, grad_output);
   check_same_device("invstd", invstd, grad_output);
   if (scale) check_same_device("scale", *scale, grad_output);
-  return norm;
+  return norm_shape("saved", saved);
 }
 
 // ---- Max pooling ------------------------------------------------------------------------------------------------------------
@@ -133,46 +133,44 @@ inline void check_pair(const char* name, const Ints& pair, int64_t least) {
                   ": expected two integers of at least ", least, ", got ", to_string(pair));
 }
 
-inline cpu::MaxPoolShape pool_shape(const char* name, const Ints& size, const Ints& kernel_size, const Ints& stride,
-                                    const Ints& padding, const Ints& dilation, bool ceil_mode, bool channels_last) {
+inline MaxPoolShape pool_shape(const char* name, const Ints& size, const Ints& kernel_size, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, bool ceil_mode, bool channels_last) {
   STD_TORCH_CHECK(size.size() == 4, name, ": expected 4 dimensions [N, C, H, W], got size ", to_string(size));
   check_pair("kernel_size", kernel_size, 1);
   check_pair("stride", stride, 1);
   check_pair("padding", padding, 0);
   check_pair("dilation", dilation, 1);
-  STD_TORCH_CHECK(kernel_size[0] <= cpu::kMostTaps && kernel_size[1] <= cpu::kMostTaps / kernel_size[0],
-                  "kernel_size: expected an area of at most ", cpu::kMostTaps, ", got ", to_string(kernel_size));
+  STD_TORCH_CHECK(kernel_size[0] <= kMostTaps && kernel_size[1] <= kMostTaps / kernel_size[0],
+                  "kernel_size: expected an area of at most ", kMostTaps, ", got ", to_string(kernel_size));
   STD_TORCH_CHECK(2 * padding[0] <= kernel_size[0] && 2 * padding[1] <= kernel_size[1],
                   "padding: expected at most half of kernel_size ", to_string(kernel_size), ", got ",
                   to_string(padding));
-  const cpu::MaxPoolShape shape{
-      .batch = size[0],
-      .channels = size[1],
-      .height = size[2],
-      .width = size[3],
-      .out_height = pooled(size[2], kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode),
-      .out_width = pooled(size[3], kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode),
-      .kernel_height = kernel_size[0],
-      .kernel_width = kernel_size[1],
-      .stride_height = stride[0],
-      .stride_width = stride[1],
-      .pad_height = padding[0],
-      .pad_width = padding[1],
-      .dilation_height = dilation[0],
-      .dilation_width = dilation[1],
-      .channels_last = channels_last};
+  const MaxPoolShape shape{.batch = size[0],
+                           .channels = size[1],
+                           .height = size[2],
+                           .width = size[3],
+                           .out_height = pooled(size[2], kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode),
+                           .out_width = pooled(size[3], kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode),
+                           .kernel_height = kernel_size[0],
+                           .kernel_width = kernel_size[1],
+                           .stride_height = stride[0],
+                           .stride_width = stride[1],
+                           .pad_height = padding[0],
+                           .pad_width = padding[1],
+                           .dilation_height = dilation[0],
+                           .dilation_width = dilation[1],
+                           .channels_last = channels_last};
   STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0, name, ": expected at least one whole window, got size ",
                   to_string(size));
   return shape;
 }
 
-inline Ints pooled_size(const cpu::MaxPoolShape& shape) {
+inline Ints pooled_size(const MaxPoolShape& shape) {
   return {shape.batch, shape.channels, shape.out_height, shape.out_width};
 }
 
 // The gradient's tensors beside the `shape` of its pooling.
-inline void check_max_pool_backward(const cpu::MaxPoolShape& shape, const Tensor& grad_output,
-                                    const Tensor& positions) {
+inline void check_max_pool_backward(const MaxPoolShape& shape, const Tensor& grad_output, const Tensor& positions) {
   check_size("grad_output", sizes(grad_output), pooled_size(shape));
   check_size("positions", sizes(positions), pooled_size(shape));
   check_same_device("positions", positions, grad_output);

@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace swat {
@@ -16,24 +18,8 @@ inline MemoryFormat memory_format(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// Strides of a dense tensor of either format; 4 dimensions where it is channels_last.
-inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size, bool channels_last) {
-  std::vector<int64_t> strides(size.size());
-  int64_t stride = 1;
-  auto next = [&](size_t dim) {
-    strides[dim] = stride;
-    stride *= size[dim];
-  };
-  if (channels_last) {
-    for (size_t dim : {1, 3, 2, 0}) next(dim);
-  } else {
-    for (size_t dim = size.size(); dim-- > 0;) next(dim);
-  }
-  return strides;
-}
-
-// Whether the tensor lies in memory as [N, H, W, C] and not also as [N, C, H, W]: torch's rule, by which sizes of 1 have no stride.
-inline bool is_channels_last(const Tensor& tensor) {
+// Whether the tensor fills memory as [N, H, W, C] and not also as [N, C, H, W]. Sizes of 1 have no stride.
+inline bool is_channels_last_contiguous(const Tensor& tensor) {
   if (tensor.dim() != 4 || tensor.is_contiguous()) return false;
   int64_t expected = 1;
   for (int64_t dim : {1, 3, 2, 0}) {
@@ -43,7 +29,33 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// Whether its elements fill a range of memory, in either of the two formats.
-inline bool is_dense(const Tensor& tensor) { return tensor.is_contiguous() || is_channels_last(tensor); }
+// torch's rule of the memory format that results take from the tensor: channels_last where its strides are in that order, with gaps or
+// without. One that is contiguous too, with one channel say, may be either.
+inline bool suggests_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4 || tensor.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t dim : {1, 3, 2, 0}) {
+    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+    if (size == 0 || stride < least || (dim == 0 && least == tensor.stride(1))) return false;
+    least = size > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+// Whether its elements fill a range of memory, whatever the order of its dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) > 1) axes.emplace_back(tensor.stride(dim), tensor.size(dim));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
 
 }  // namespace swat

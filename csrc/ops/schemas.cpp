@@ -38,7 +38,7 @@ SWAT_LIBRARY(m) {
   m.def("bias_grad(Tensor grad_output, int dim) -> Tensor");
   m.def("relu(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_(Tensor(a!) input) -> Tensor mask");
-  m.def("relu_backward(Tensor grad_output, Tensor mask, bool channels_last) -> Tensor");
+  m.def("relu_backward(Tensor grad_output, Tensor mask) -> Tensor");
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str saved, Tensor? seed) -> (Tensor output, "
       "Tensor mean, Tensor invstd, Tensor variance, Tensor codes, Tensor scale)");

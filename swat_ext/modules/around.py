@@ -4,12 +4,13 @@ from torch import nn
 
 from swat_ext.modules.avg_pool import SWATAvgPool2d
 from swat_ext.modules.batch_norm import SWATBatchNorm2d
+from swat_ext.modules.lean import LeanLayer
 from swat_ext.modules.max_pool import SWATMaxPool2d
 from swat_ext.modules.relu import SWATReLU
 
 __all__ = ["become_around", "become_plain", "has_around_form", "is_around_form"]
 
-_FORMS: dict[type[nn.Module], type[nn.Module]] = {
+_FORMS: dict[type[nn.Module], type[LeanLayer]] = {
     nn.AvgPool2d: SWATAvgPool2d,
     nn.BatchNorm2d: SWATBatchNorm2d,
     nn.MaxPool2d: SWATMaxPool2d,
@@ -24,7 +25,7 @@ def has_around_form(module: nn.Module) -> bool:
 
 def is_around_form(module: nn.Module) -> bool:
     """Whether ``module`` is a leaner form."""
-    return type(module) in _FORMS.values()
+    return isinstance(module, LeanLayer)
 
 
 def become_around(module: nn.Module, batchnorm: str) -> None:
@@ -41,6 +42,5 @@ def become_around(module: nn.Module, batchnorm: str) -> None:
 
 def become_plain(module: nn.Module) -> None:
     """Undo :func:`become_around`; a module of another kind stays as it is."""
-    if is_around_form(module):
-        module.__dict__.pop("_saved", None)
-        module.__class__ = module.dense_class  # type: ignore[assignment]
+    if isinstance(module, LeanLayer):
+        module._become_plain()

@@ -1,17 +1,18 @@
 """A batch normalisation that is fast in channels_last, and may keep a quarter of its input for the backward pass."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swat_ext.config import check_batchnorm
+from swat_ext.modules.lean import LeanLayer
 from swat_ext.ops.around import batch_norm, has_kernels, normalises_with
 
 __all__ = ["SWATBatchNorm2d"]
 
 
-class SWATBatchNorm2d(nn.BatchNorm2d):
+class SWATBatchNorm2d(LeanLayer, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`, which in training keeps its input in the form ``saved`` for the backward pass.
 
     Outputs and statistics are those of PyTorch's layer, within rounding, whatever is saved. With "exact" the gradients
@@ -30,10 +31,10 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
 
     Raises:
         ValueError: ``saved`` is another name; and as PyTorch's layer does.
-        NotImplementedError: second derivatives.
+        RuntimeError: second derivatives.
     """
 
-    dense_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
+    dense_class = nn.BatchNorm2d
 
     _saved: str = "exact"
 
@@ -53,6 +54,9 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         self._saved = value
 
     def forward(self, input: Tensor) -> Tensor:
+        recorded = self._recorded(input)  # not even PyTorch's own layer is traced by torch.fx
+        if recorded is not None:
+            return recorded
         if not self._has_kernels(input):
             return super().forward(input)
         tracks = self.training and self.track_running_stats and self.running_mean is not None
@@ -62,13 +66,10 @@ class SWATBatchNorm2d(nn.BatchNorm2d):
         leaves = (input, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
         saved = self._saved if learns else "exact"
-        output, mean, _, variance, *_ = batch_norm(
-            input, self.weight, self.bias, self.eps, saved, self.num_batches_tracked
-        )
+        output, mean, variance = batch_norm(input, self.weight, self.bias, self.eps, saved, self.num_batches_tracked)
         if tracks:
             self._track(mean, variance)
-        result: Tensor = output
-        return result
+        return output
 
     def _has_kernels(self, input: Tensor) -> bool:
         """Whether this is a call for our kernels; all others, wrong ones among them, are PyTorch's."""

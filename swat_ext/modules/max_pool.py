@@ -1,10 +1,9 @@
 """A max pooling that is fast in channels_last, and keeps one byte an output for its backward pass."""
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
-from swat_ext.ops.around import has_kernels, max_pool2d, pooled_size
+from swat_ext.modules.lean import LeanLayer
+from swat_ext.ops.around import has_kernels, max_pool2d
 from swat_ext.ops.geometry import int_pair
 
 __all__ = ["SWATMaxPool2d"]
@@ -12,7 +11,7 @@ __all__ = ["SWATMaxPool2d"]
 _MOST_TAPS = 256
 
 
-class SWATMaxPool2d(nn.MaxPool2d):
+class SWATMaxPool2d(LeanLayer, nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` in results and gradients, bit for bit.
 
     Saves one byte an output, the position of the maximum in its window, where PyTorch's saves the input and eight bytes
@@ -25,10 +24,10 @@ class SWATMaxPool2d(nn.MaxPool2d):
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as in :class:`torch.nn.MaxPool2d`.
 
     Raises:
-        NotImplementedError: second derivatives. And as PyTorch's layer does.
+        RuntimeError: second derivatives. And as PyTorch's layer does.
     """
 
-    dense_class: ClassVar[type[nn.Module]] = nn.MaxPool2d
+    dense_class = nn.MaxPool2d
 
     def forward(self, input: Tensor) -> Tensor:
         if self.return_indices or not has_kernels(input) or input.dim() != 4:
@@ -37,15 +36,8 @@ class SWATMaxPool2d(nn.MaxPool2d):
         stride = int_pair("stride", self.stride, 1)
         padding = int_pair("padding", self.padding, 0)
         dilation = int_pair("dilation", self.dilation, 1)
-        geometry = (kernel_size, stride, padding, dilation, self.ceil_mode)
         # What is wrong is left to PyTorch, whose messages users know.
         fits = all(2 * pad <= size for pad, size in zip(padding, kernel_size, strict=True))
-        if (
-            not fits
-            or kernel_size[0] * kernel_size[1] > _MOST_TAPS
-            or min(*input.shape[1:]) < 1
-            or min(pooled_size(input.shape, *geometry)[2:]) < 1
-        ):
+        if not fits or kernel_size[0] * kernel_size[1] > _MOST_TAPS or 0 in input.shape[1:]:
             return super().forward(input)
-        output: Tensor = max_pool2d(input, *geometry)[0]
-        return output
+        return max_pool2d(input, kernel_size, stride, padding, dilation, self.ceil_mode)

@@ -4,17 +4,16 @@ PyTorch's ReLU saves its output. In a dense network that costs nothing, for the 
 tensor. A sparse layer saves a packed one, and the ReLU would be all that keeps the dense tensor alive.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from swat_ext.ops.around import has_kernels, relu, relu_
+from swat_ext.modules.lean import LeanLayer
+from swat_ext.ops.around import has_kernels, relu
 
 __all__ = ["SWATReLU"]
 
 
-class SWATReLU(nn.ReLU):
+class SWATReLU(LeanLayer, nn.ReLU):
     """:class:`torch.nn.ReLU` in results and gradients, bit for bit; saves ``numel / 8`` bytes and not its output.
 
     For float32 and float64, and for bfloat16 and float16 on CUDA. Elsewhere, and where no gradient is asked for, it is
@@ -24,13 +23,11 @@ class SWATReLU(nn.ReLU):
         inplace: as in :class:`torch.nn.ReLU`.
     """
 
-    dense_class: ClassVar[type[nn.Module]] = nn.ReLU
+    dense_class = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
         if not (has_kernels(input) and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        # A compiled graph has no use for in-place operations: the compiler plans the memory itself.
-        if self.inplace and not torch.compiler.is_compiling():
-            return relu_(input)
-        output: Tensor = relu(input)[0]
-        return output
+        if self.inplace and torch.compiler.is_compiling():
+            return super().forward(input)  # the compiler knows who else reads the input, and plans the memory itself
+        return relu(input, self.inplace)

@@ -60,30 +60,42 @@ struct Norm {
 };
 
 template <typename T>
-Norm<T> run_norm(const KernelTable& table, const Parallel& parallel, const BatchNormShape& shape, Saved saved) {
-  const int64_t numel = shape.numel(), channels = shape.channels;
+Norm<T> run_norm(const KernelTable& table, const Parallel& parallel, const NormShape& shape, Saved saved) {
+  const int64_t numel = shape.numel(), channels = shape.channels, seed = 9;
   const std::vector<T> input = draw<T>(numel, 3), weight = draw<T>(channels, 4), grad = draw<T>(numel, 5);
   Norm<T> n;
   for (auto* vector : {&n.output, &n.grad_input}) vector->resize(numel);
   for (auto* vector : {&n.scale, &n.grad_weight, &n.grad_bias}) vector->resize(channels);
   for (auto* vector : {&n.mean, &n.invstd, &n.variance}) vector->resize(channels);
   n.codes.resize(numel);
-  batch_norm<T>(table, parallel, shape, input.data(), weight.data(), nullptr, 1e-5, saved, 9,
-                {.output = n.output.data(),
+  batch_norm<T>(table, parallel,
+                {.shape = shape,
+                 .input = input.data(),
+                 .weight = {weight.data(), true},
+                 .bias = {},
+                 .eps = 1e-5,
+                 .saved = saved,
+                 .seed = &seed,
+                 .output = n.output.data(),
                  .mean = n.mean.data(),
                  .invstd = n.invstd.data(),
                  .variance = n.variance.data(),
                  .codes = n.codes.data(),
                  .scale = n.scale.data()});
   const void* values = saved == Saved::exact ? static_cast<const void*>(input.data()) : n.codes.data();
-  const BatchNormSaved<T> from{.form = saved,
-                               .values = values,
-                               .scale = n.scale.data(),
-                               .mean = n.mean.data(),
-                               .invstd = n.invstd.data(),
-                               .weight = weight.data()};
-  batch_norm_backward<T>(table, parallel, shape, grad.data(), from, n.grad_input.data(), n.grad_weight.data(),
-                         n.grad_bias.data());
+  batch_norm_backward<T>(table, parallel,
+                         {.shape = shape,
+                          .grad_output = grad.data(),
+                          .saved = saved,
+                          .values = values,
+                          .scale = n.scale.data(),
+                          .mean = n.mean.data(),
+                          .invstd = n.invstd.data(),
+                          .weight = {weight.data(), true},
+                          .grad_input = n.grad_input.data(),
+                          .grad_weight = n.grad_weight.data(),
+                          .grad_bias = n.grad_bias.data(),
+                          .narrow = true});
   return n;
 }
 
@@ -103,7 +115,7 @@ void check_norm(const KernelTable& table) {
   const int64_t sizes[][3] = {{3, 5, 7}, {4, 64, 64}, {2, 257, 16}, {9, 33, 1}, {2, 70, 100}, {1, 3, 5000}};
   for (const auto& size : sizes) {
     for (bool channels_last : {false, true}) {
-      const BatchNormShape shape = batch_norm_shape(size[0], size[1], size[2], channels_last);
+      const NormShape shape{size[0], size[1], size[2], channels_last};
       for (Saved saved : {Saved::exact, Saved::bf16, Saved::int8}) {
         const Norm<T> got = run_norm<T>(table, threads(1), shape, saved);
         const Norm<T> again = run_norm<T>(table, threads(3), shape, saved);

@@ -258,22 +258,6 @@ void batch_norm_sums(const BatchNormParams<T>& params, int64_t begin, int64_t en
 
 // ---- Elements ---------------------------------------------------------------------------------------------------------------
 
-// A number in [0, 1) that depends on the element and the key of its channel alone.
-inline float random_fraction(uint32_t index, uint32_t key) {
-  uint32_t h = (index * 0x9E3779B1u) ^ key;
-  h = (h ^ (h >> 16)) * 0xA3D95FA5u;
-  h = (h ^ (h >> 15)) * 0xD6E8FEB7u;
-  h ^= h >> 16;
-  return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
-}
-
-// floor(value + fraction) for |value| <= 127 or hardly more: the conversion rounds towards zero, so it is done above zero.
-template <typename T>
-inline int8_t int8_code(T value, float fraction) {
-  const int32_t code = static_cast<int32_t>(value + T{128} + fraction) - 128;
-  return static_cast<int8_t>(std::min(std::max(code, -127), 127));
-}
-
 template <typename T>
 inline uint16_t bf16_code(T value) {
   const float narrow = static_cast<float>(value);

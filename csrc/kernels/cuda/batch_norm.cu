@@ -4,12 +4,20 @@
 namespace swat::cuda {
 namespace {
 
-// For each channel; code = (input - center) * code_factor + code_offset.
+// For each channel.
 template <typename T>
 struct Coefficients {
-  Affine<T> output;
-  Compute<T> code_factor, code_offset;
-  uint32_t key;  // of the random numbers
+  static constexpr size_t kBytes = 5 * sizeof(Compute<T>) + sizeof(uint32_t);
+  Compute<T>*center, *factor, *offset, *code_factor, *code_offset;
+  uint32_t* keys;
+
+  Coefficients(Compute<T>* memory, int64_t channels)
+      : center(memory),
+        factor(center + channels),
+        offset(factor + channels),
+        code_factor(offset + channels),
+        code_offset(code_factor + channels),
+        keys(reinterpret_cast<uint32_t*>(code_offset + channels)) {}
 };
 
 template <typename T, bool kWithExtremes>
@@ -31,83 +39,42 @@ struct InputSource {
   }
 };
 
-__device__ inline uint64_t mixed(uint64_t x) {
-  x ^= x >> 32;
-  x *= 0x9E3779B97F4A7C15u;
-  x ^= x >> 29;
-  x *= 0xD1B54A32D192ED03u;
-  return x ^ (x >> 32);
-}
-
-// The statistics are part of the key, so that layers of equal seeds round differently.
-__device__ inline uint32_t key_of(int64_t seed, int64_t channel, double mean, double invstd) {
-  uint64_t key = mixed(static_cast<uint64_t>(seed));
-  key = mixed(key ^ static_cast<uint64_t>(channel));
-  key = mixed(key ^ bit_copy<uint64_t>(mean));
-  return static_cast<uint32_t>(mixed(key ^ bit_copy<uint64_t>(invstd)) >> 32);
-}
-
-// A number in [0, 1) that depends on the element and the key of its channel alone.
-__device__ inline float random_fraction(uint32_t index, uint32_t key) {
-  uint32_t h = (index * 0x9E3779B1u) ^ key;
-  h = (h ^ (h >> 16)) * 0xA3D95FA5u;
-  h = (h ^ (h >> 15)) * 0xD6E8FEB7u;
-  h ^= h >> 16;
-  return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
-}
-
-// Whether dividing by it is safe.
-__device__ inline bool is_normal(float value) { return value >= 0x1p-126f && value < INFINITY; }
-__device__ inline bool is_normal(double value) { return value >= 0x1p-1022 && value < INFINITY; }
-
 // One warp a channel.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads)
-    find_coefficients(SumPlan plan, BatchNormParams<T> p, const Sums* partial, Coefficients<T>* coefficients) {
+    find_coefficients(SumPlan plan, BatchNormParams<T> p, const Sums* partial, Coefficients<T> to) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
   if (c >= p.shape.channels) return;
   const Sums sums = total_of(partial, c, plan.parts);
   if (lane_id() != 0) return;
-  const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
-  const double about = sums.sum / count;
-  const double mean = load(p.input[c * (p.shape.channels_last ? 1 : p.shape.pixels)]) + about;
-  const double squares = sums.product - sums.sum * about;
-  // Rounding may leave a sum of squares a little below zero; NaN stays.
-  const double spread = squares < 0 ? 0 : squares;
-  const double invstd = 1 / std::sqrt(spread / count + p.eps);
-  p.mean[c] = mean;
-  p.invstd[c] = invstd;
-  p.variance[c] = spread / (count - 1);
-  Coefficients<T> to{};
-  to.output = affine_of<T>(mean, invstd, p.weight, p.bias, c);
-  Compute<T> unit = 1;
-  if (p.saved == Saved::int8) {
-    const double above = sums.greatest - mean, below = mean - sums.least;
-    const double largest = (above > below ? above : below) * invstd;
-    unit = static_cast<Compute<T>>(mean != mean ? mean : largest / 127);
-    p.scale[c] = unit;
-    to.key = key_of(p.seed == nullptr ? 0 : *p.seed, c, mean, invstd);
-  }
-  const double per_unit = is_normal(unit) ? invstd / unit : 0;
-  to.code_factor = static_cast<Compute<T>>(per_unit);
-  to.code_offset = static_cast<Compute<T>>((to.output.center - mean) * per_unit);
-  coefficients[c] = to;
+  const auto found = norm_channel<Compute<T>>(sums, load(p.input[c * p.shape.plane()]),
+                                              static_cast<double>(p.shape.count()), p.eps, number_of<T>(p.weight, c, 1),
+                                              number_of<T>(p.bias, c, 0), p.saved, p.seed == nullptr ? 0 : *p.seed, c);
+  p.mean[c] = found.mean;
+  p.invstd[c] = found.invstd;
+  p.variance[c] = found.variance;
+  if (p.saved == Saved::int8) p.scale[c] = found.scale;
+  to.center[c] = found.center;
+  to.factor[c] = found.factor;
+  to.offset[c] = found.offset;
+  to.code_factor[c] = found.code_factor;
+  to.code_offset[c] = found.code_offset;
+  to.keys[c] = found.key;
 }
 
 template <typename T, Saved kSaved>
-__global__ void __launch_bounds__(kNormThreads)
-    normalise(BatchNormParams<T> p, int64_t numel, const Coefficients<T>* coefficients) {
+__global__ void __launch_bounds__(kNormThreads) normalise(BatchNormParams<T> p, int64_t numel, Coefficients<T> by) {
   for_each_element(p.shape, numel, [&](int64_t index, int channel) {
-    const Coefficients<T>& by = coefficients[channel];
-    const Compute<T> v = load(p.input[index]) - by.output.center;
-    p.output[index] = store<T>(v * by.output.factor + by.output.offset);
-    if constexpr (kSaved == Saved::bf16) {
-      static_cast<BFloat16*>(p.codes)[index] = store<BFloat16>(static_cast<float>(v * by.code_factor + by.code_offset));
-    } else if constexpr (kSaved == Saved::int8) {
-      const Compute<T> code =
-          std::floor(v * by.code_factor + by.code_offset + random_fraction(static_cast<uint32_t>(index), by.key));
-      // So written that NaN becomes a number.
-      static_cast<int8_t*>(p.codes)[index] = static_cast<int8_t>(!(code > -127) ? -127 : code < 127 ? code : 127);
+    const Compute<T> v = load(p.input[index]) - by.center[channel];
+    p.output[index] = store<T>(v * by.factor[channel] + by.offset[channel]);
+    if constexpr (kSaved != Saved::exact) {
+      const Compute<T> code = v * by.code_factor[channel] + by.code_offset[channel];
+      if constexpr (kSaved == Saved::bf16) {
+        static_cast<BFloat16*>(p.codes)[index] = store<BFloat16>(static_cast<float>(code));
+      } else {
+        static_cast<int8_t*>(p.codes)[index] =
+            int8_code(code, random_fraction(static_cast<uint32_t>(index), by.keys[channel]));
+      }
     }
   });
 }
@@ -115,8 +82,8 @@ __global__ void __launch_bounds__(kNormThreads)
 }  // namespace
 
 template <typename T>
-size_t batch_norm_scratch(const BatchNormParams<T>& p) {
-  return sums_bytes(sum_plan(p.shape)) + p.shape.channels * sizeof(Coefficients<T>);
+size_t batch_norm_scratch(const NormShape& shape) {
+  return sums_bytes(sum_plan(shape)) + shape.channels * Coefficients<T>::kBytes;
 }
 
 template <typename T>
@@ -125,13 +92,11 @@ cudaError_t batch_norm(const BatchNormParams<T>& p, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
   const SumPlan plan = sum_plan(p.shape);
   Sums* const partial = static_cast<Sums*>(p.scratch);
-  auto* const coefficients =
-      reinterpret_cast<Coefficients<T>*>(static_cast<unsigned char*>(p.scratch) + sums_bytes(plan));
-  const int64_t plane = p.shape.channels_last ? 1 : p.shape.pixels;
+  const Coefficients<T> coefficients(coefficients_in<T>(p.scratch, plan), p.shape.channels);
   if (p.saved == Saved::int8) {
-    launch_sums(plan, InputSource<T, true>{p.input, plane}, partial, stream);
+    launch_sums(plan, InputSource<T, true>{p.input, p.shape.plane()}, partial, stream);
   } else {
-    launch_sums(plan, InputSource<T, false>{p.input, plane}, partial, stream);
+    launch_sums(plan, InputSource<T, false>{p.input, p.shape.plane()}, partial, stream);
   }
   SWAT_TRY(cudaGetLastError());
   SWAT_LAUNCH(find_coefficients<T>, ceil_div(p.shape.channels, kNormWarps), kNormThreads, 0, stream, plan, p, partial,
@@ -151,8 +116,8 @@ cudaError_t batch_norm(const BatchNormParams<T>& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define SWAT_INSTANTIATE(T)                                      \
-  template size_t batch_norm_scratch(const BatchNormParams<T>&); \
+#define SWAT_INSTANTIATE(T)                                \
+  template size_t batch_norm_scratch<T>(const NormShape&); \
   template cudaError_t batch_norm(const BatchNormParams<T>&, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

@@ -44,20 +44,10 @@ __device__ inline double number_of(const NormWeight& weight, int64_t channel, do
   return static_cast<const Compute<T>*>(weight.data)[channel];
 }
 
-// output = (input - center) * factor + offset, for one channel.
+// Arrays of [channels] in scratch memory after the sums: neighbouring channels are read side by side.
 template <typename T>
-struct Affine {
-  Compute<T> center, factor, offset;
-};
-
-// The mean is subtracted in two steps: its nearest number, where no digits of the input are lost, and the rest.
-template <typename T>
-__device__ inline Affine<T> affine_of(double mean, double invstd, const NormWeight& weight, const NormWeight& bias,
-                                      int64_t channel) {
-  const Compute<T> center = static_cast<Compute<T>>(mean);
-  const double scaled = number_of<T>(weight, channel, 1) * invstd;
-  return {center, static_cast<Compute<T>>(scaled),
-          static_cast<Compute<T>>(std::fma(center - mean, scaled, number_of<T>(bias, channel, 0)))};
+Compute<T>* coefficients_in(void* scratch, const SumPlan& plan) {
+  return reinterpret_cast<Compute<T>*>(static_cast<unsigned char*>(scratch) + sums_bytes(plan));
 }
 
 SWAT_HOST_DEVICE inline float load(int8_t code) { return code; }

@@ -1,16 +1,17 @@
-// The gradient of a batch normalisation, from its input or from the codes of its normalised values h:
-// grad_input = weight * invstd * (grad - mean(grad) - h * mean(grad * h)), of which what is saved gives h = (saved - shift) * unit.
-#include <type_traits>
-
+// The gradient of a batch normalisation, from its input or from the codes of its normalised values.
 #include "batch_norm.cuh"
 
 namespace swat::cuda {
 namespace {
 
-// grad_input = grad * slope + (saved - center) * grade + offset for each channel.
+// For each channel.
 template <typename T>
 struct Coefficients {
-  Compute<T> center, slope, grade, offset;
+  static constexpr size_t kBytes = 4 * sizeof(Compute<T>);
+  Compute<T>*center, *slope, *grade, *offset;
+
+  Coefficients(Compute<T>* memory, int64_t channels)
+      : center(memory), slope(center + channels), grade(slope + channels), offset(grade + channels) {}
 };
 
 // S is how the values are stored.
@@ -19,7 +20,7 @@ struct GradSource {
   static constexpr bool kExtremes = false;
   BatchNormGradParams<T> params;
 
-  __device__ double channel(int64_t c) const { return params.saved == Saved::exact ? params.mean[c] : 0; }
+  __device__ double channel(int64_t c) const { return saved_shift(params.saved, params.mean[c]); }
   __device__ void add(double shift, int64_t at, Sums& sums) const {
     const double u = load(params.grad_output[at]);
     sums.sum += u;
@@ -40,35 +41,29 @@ __device__ inline void write_number(void* to, int64_t channel, bool narrow, doub
 // One warp a channel.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads)
-    find_coefficients(SumPlan plan, BatchNormGradParams<T> p, const Sums* partial, Coefficients<T>* coefficients) {
+    find_coefficients(SumPlan plan, BatchNormGradParams<T> p, const Sums* partial, Coefficients<T> to) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
   if (c >= p.shape.channels) return;
   const Sums sums = total_of(partial, c, plan.parts);
   if (lane_id() != 0) return;
-  const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
-  const bool exact = p.saved == Saved::exact;
-  const double shift = exact ? p.mean[c] : 0;
-  const double unit = exact ? p.invstd[c] : p.saved == Saved::int8 ? p.scale[c] : 1;
-  const double weighted = sums.product * unit;  // sum of grad * h
-  const double scaled = number_of<T>(p.weight, c, 1) * p.invstd[c];
-  const double tilt = -scaled * weighted / count * unit;
-  write_number<T>(p.grad_weight, c, p.narrow, weighted);
-  write_number<T>(p.grad_bias, c, p.narrow, sums.sum);
-  Coefficients<T> to{};
-  to.center = static_cast<Compute<T>>(shift);
-  to.slope = static_cast<Compute<T>>(scaled);
-  to.grade = static_cast<Compute<T>>(tilt);
-  to.offset = static_cast<Compute<T>>(-scaled * sums.sum / count - (shift - to.center) * tilt);
-  coefficients[c] = to;
+  const auto found =
+      norm_grad_channel<Compute<T>>(sums, static_cast<double>(p.shape.count()), p.saved, p.mean[c], p.invstd[c],
+                                    p.saved == Saved::int8 ? p.scale[c] : 1, number_of<T>(p.weight, c, 1));
+  write_number<T>(p.grad_weight, c, p.narrow, found.grad_weight);
+  write_number<T>(p.grad_bias, c, p.narrow, found.grad_bias);
+  to.center[c] = found.center;
+  to.slope[c] = found.slope;
+  to.grade[c] = found.grade;
+  to.offset[c] = found.offset;
 }
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(kNormThreads)
-    find_input_grad(BatchNormGradParams<T> p, int64_t numel, const Coefficients<T>* coefficients) {
+    find_input_grad(BatchNormGradParams<T> p, int64_t numel, Coefficients<T> by) {
   for_each_element(p.shape, numel, [&](int64_t index, int channel) {
-    const Coefficients<T>& by = coefficients[channel];
     const Compute<T> grad = load(p.grad_output[index]), value = load(static_cast<const S*>(p.values)[index]);
-    p.grad_input[index] = store<T>(grad * by.slope + ((value - by.center) * by.grade + by.offset));
+    p.grad_input[index] =
+        store<T>(grad * by.slope[channel] + ((value - by.center[channel]) * by.grade[channel] + by.offset[channel]));
   });
 }
 
@@ -77,8 +72,7 @@ cudaError_t run(const BatchNormGradParams<T>& p, cudaStream_t stream) {
   const int64_t numel = p.shape.numel();
   const SumPlan plan = sum_plan(p.shape);
   Sums* const partial = static_cast<Sums*>(p.scratch);
-  auto* const coefficients =
-      reinterpret_cast<Coefficients<T>*>(static_cast<unsigned char*>(p.scratch) + sums_bytes(plan));
+  const Coefficients<T> coefficients(coefficients_in<T>(p.scratch, plan), p.shape.channels);
   launch_sums(plan, GradSource<T, S>{p}, partial, stream);
   SWAT_TRY(cudaGetLastError());
   SWAT_LAUNCH(find_coefficients<T>, ceil_div(p.shape.channels, kNormWarps), kNormThreads, 0, stream, plan, p, partial,
@@ -91,8 +85,8 @@ cudaError_t run(const BatchNormGradParams<T>& p, cudaStream_t stream) {
 }  // namespace
 
 template <typename T>
-size_t batch_norm_backward_scratch(const BatchNormGradParams<T>& p) {
-  return sums_bytes(sum_plan(p.shape)) + p.shape.channels * sizeof(Coefficients<T>);
+size_t batch_norm_backward_scratch(const NormShape& shape) {
+  return sums_bytes(sum_plan(shape)) + shape.channels * Coefficients<T>::kBytes;
 }
 
 template <typename T>
@@ -114,8 +108,8 @@ cudaError_t batch_norm_backward(const BatchNormGradParams<T>& p, cudaStream_t st
   }
 }
 
-#define SWAT_INSTANTIATE(T)                                                   \
-  template size_t batch_norm_backward_scratch(const BatchNormGradParams<T>&); \
+#define SWAT_INSTANTIATE(T)                                         \
+  template size_t batch_norm_backward_scratch<T>(const NormShape&); \
   template cudaError_t batch_norm_backward(const BatchNormGradParams<T>&, cudaStream_t);
 SWAT_INSTANTIATE(float)
 SWAT_INSTANTIATE(double)

@@ -12,18 +12,7 @@ namespace swat::cuda {
 inline constexpr int kNormThreads = 256;
 inline constexpr int kNormWarps = kNormThreads / kWarp;
 
-// Sums, and where they are asked for the extremes; of nothing at first.
-struct Sums {
-  double sum = 0, product = 0;
-  double least = INFINITY, greatest = -INFINITY;
-
-  __device__ void add(const Sums& other) {
-    sum += other.sum;
-    product += other.product;
-    least = other.least < least ? other.least : least;
-    greatest = other.greatest > greatest ? other.greatest : greatest;
-  }
-};
+using Sums = NormSums;
 
 // Every lane gets the sum over the warp.
 template <bool kExtremes>
