@@ -152,26 +152,6 @@ def test_copies_and_pickles(saved: str) -> None:
         assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:2] + SETTINGS[-1:], ids=str)
-@pytest.mark.parametrize("saved", FORMS)
-def test_compiles_to_one_graph(saved: str, settings: dict[str, Any]) -> None:
-    torch._dynamo.reset()  # or the graphs of other settings would count against its limit
-    _, layer = _pair(saved=saved, **settings)
-    traced = copy.deepcopy(layer)
-    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
-    for size in ((3, 5, 4, 6), (4, 5, 4, 6)):
-        x = torch.randn(size)
-        results = []
-        for call in (layer, compiled):
-            leaf = x.clone().requires_grad_()
-            output = call(leaf)
-            (output**3).sum().backward()
-            results.append((output, leaf.grad))
-        for eager, got in zip(*results, strict=True):
-            torch.testing.assert_close(got, eager)
-        _assert_same_buffers(traced, layer)
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant: bool) -> None:
     _, layer = _pair(saved="bf16")

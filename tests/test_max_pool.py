@@ -119,17 +119,13 @@ def test_threads_do_not_matter(generator: torch.Generator, restore_threads: None
                 assert_identical(ours, reference, f"{threads} threads")
 
 
-def test_compiles_copies_and_checkpoints() -> None:
-    torch._dynamo.reset()
+def test_copies_and_checkpoints() -> None:
     layer = copy.deepcopy(SWATMaxPool2d(3, 2, 1))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for size in ((2, 3, 9, 8), (3, 3, 9, 8), (3, 3, 12, 8)):
-        x = torch.randn(size)
-        grad = torch.ones_like(layer(x))
-        expected = _run(nn.MaxPool2d(3, 2, 1), x, grad)
-        for call in (compiled, lambda leaf: checkpoint(layer, leaf, use_reentrant=False)):
-            for got, reference in zip(_run(call, x, grad), expected, strict=True):  # type: ignore[arg-type]
-                assert_identical(got, reference, "compiled or checkpointed")
+    x = torch.randn(2, 3, 9, 8)
+    grad = torch.ones_like(layer(x))
+    found = _run(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), x, grad)  # type: ignore[arg-type]
+    for got, reference in zip(found, _run(nn.MaxPool2d(3, 2, 1), x, grad), strict=True):
+        assert_identical(got, reference, "checkpointed")
 
 
 def test_second_derivatives_are_refused() -> None:
