@@ -38,7 +38,7 @@ def packing_and_convolutions(ops: Any, input: torch.Tensor, channels_last: bool)
 
 def layers_around(ops: Any, input: torch.Tensor, channels_last: bool) -> None:
     output, mask = ops.relu(input)
-    ops.relu_backward(output, mask, channels_last)
+    ops.relu_backward(output, mask)
     ops.relu_(input.clone(memory_format=torch.preserve_format))
     geometry = ((3, 3), (2, 2), (1, 1), (1, 1), False)
     output, positions = ops.max_pool2d(input, *geometry)
