@@ -7,6 +7,7 @@ training steps at rising sparsity, in turn. Rows of instruction sets that this m
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import conditions, use_allocator
@@ -75,7 +76,19 @@ def main() -> None:
                 rows.setdefault(kind, []).append((most, break_even(layer, input, arguments.rounds, progress)))
             table["break_even"][isa] = rows
             table.setdefault("conditions", {})[isa] = conditions()
-    arguments.out.write_text(json.dumps(table, indent=1) + "\n")
+    arguments.out.write_text(_rendered(table))
+
+
+def _rendered(table: dict[str, Any]) -> str:
+    """JSON with a line for each kind of layer."""
+    isas = [
+        f"  {json.dumps(isa)}: {{\n"
+        + ",\n".join(f"   {json.dumps(kind)}: {json.dumps(rows)}" for kind, rows in kinds.items())
+        + "\n  }"
+        for isa, kinds in table["break_even"].items()
+    ]
+    found = [f"  {json.dumps(isa)}: {json.dumps(each)}" for isa, each in table.get("conditions", {}).items()]
+    return '{\n "break_even": {\n' + ",\n".join(isas) + '\n },\n "conditions": {\n' + ",\n".join(found) + "\n }\n}\n"
 
 
 if __name__ == "__main__":
