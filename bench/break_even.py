@@ -81,14 +81,17 @@ def main() -> None:
 
 def _rendered(table: dict[str, Any]) -> str:
     """JSON with a line for each kind of layer."""
-    isas = [
-        f"  {json.dumps(isa)}: {{\n"
-        + ",\n".join(f"   {json.dumps(kind)}: {json.dumps(rows)}" for kind, rows in kinds.items())
-        + "\n  }"
+
+    def block(entries: dict[str, str], indent: str) -> str:
+        lines = ",\n".join(f"{indent} {json.dumps(key)}: {value}" for key, value in entries.items())
+        return f"{{\n{lines}\n{indent}}}"
+
+    isas = {
+        isa: block({kind: json.dumps(rows) for kind, rows in kinds.items()}, "  ")
         for isa, kinds in table["break_even"].items()
-    ]
-    found = [f"  {json.dumps(isa)}: {json.dumps(each)}" for isa, each in table.get("conditions", {}).items()]
-    return '{\n "break_even": {\n' + ",\n".join(isas) + '\n },\n "conditions": {\n' + ",\n".join(found) + "\n }\n}\n"
+    }
+    found = {isa: json.dumps(each) for isa, each in table["conditions"].items()}
+    return block({"break_even": block(isas, " "), "conditions": block(found, " ")}, "") + "\n"
 
 
 if __name__ == "__main__":
