@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <bit>
+#include <cstddef>
 #include <cstdint>
-#include <exception>
+#include <cstdlib>
 #include <optional>
+#include <vector>
 
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
@@ -51,19 +54,66 @@ inline void check_packed(const std::string& name, const Tensor& values, const Te
                   " elements, as the mask counts, got ", values.size(0));
 }
 
-// A tensor of `size`. What a size asks for may be absurd, of a large padding say, but never wraps. torch's own message would be lost
-// on the way through the stable interface.
-inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
-  bool fits = true;
-  int64_t bytes = sizeof(double);
-  for (int64_t extent : size) fits = fits && !__builtin_mul_overflow(bytes, extent, &bytes);
-  if (fits) {
-    try {
-      return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
-    } catch (const std::exception&) {
-    }
+// Strides of a dense tensor; 4 dimensions where it is channels_last.
+inline std::vector<int64_t> dense_strides(const Ints& size, bool channels_last) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  auto next = [&](size_t dim) {
+    strides[dim] = stride;
+    stride *= size[dim];
+  };
+  if (channels_last) {
+    for (size_t dim : {1, 3, 2, 0}) next(dim);
+  } else {
+    for (size_t dim = size.size(); dim-- > 0;) next(dim);
   }
-  STD_TORCH_CHECK(false, "cannot allocate memory for a result of size ", to_string(size));
+  return strides;
+}
+
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+// Results from this size on are aligned by hand. PyTorch asks for aligned memory, for which glibc wants a free block somewhat larger
+// than the freed one was: blocks of a training step then hardly ever serve the next step, and the heap grows to twice its size.
+constexpr size_t kAlignedByHand = size_t{1} << 18;
+constexpr size_t kAlignment = 64;
+
+// Memory of a large result, whose first address is noted before it; null where there is none. Sizes are rounded up by at most an
+// eighth, for packed values differ a little from step to step.
+inline void* allocate_aligned(size_t bytes) {
+  const size_t unit = std::bit_floor(bytes) / 8;
+  void* const block = std::malloc((bytes + unit - 1) / unit * unit + kAlignment + sizeof(void*));
+  if (block == nullptr) return nullptr;
+  const auto at = (reinterpret_cast<uintptr_t>(block) + sizeof(void*) + kAlignment - 1) / kAlignment * kAlignment;
+  void** const data = reinterpret_cast<void**>(at);
+  data[-1] = block;
+  return data;
+}
+inline void free_aligned(void* data) { std::free(static_cast<void**>(data)[-1]); }
+
+// A tensor of `size`. What a size asks for may be absurd, of a large padding say, but never wraps.
+inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
+  size_t bytes = element_bytes(dtype);
+  bool fits = true;
+  for (int64_t extent : size) fits = fits && !__builtin_mul_overflow(bytes, static_cast<size_t>(extent), &bytes);
+  if (fits && bytes < kAlignedByHand) {
+    return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
+  }
+  void* const data = fits && bytes <= PTRDIFF_MAX / 2 ? allocate_aligned(bytes) : nullptr;
+  STD_TORCH_CHECK(data != nullptr, "cannot allocate memory for a result of size ", to_string(size));
+  return torch::stable::from_blob(data, size, dense_strides(size, channels_last),
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, free_aligned);
 }
 
 }  // namespace swat
