@@ -10,9 +10,10 @@ namespace swat::cpu {
 
 // How the work of a batch normalisation is cut, by the sizes alone, so that results never depend on threads.
 struct BatchNormShape : NormShape {
-  int64_t lines, line;   // lines of `line` elements: the pixels of the batch, or its planes
-  int64_t block_lines;   // lines of one block of elements
-  int64_t parts, chunk;  // of the sums: parts of the lines (samples, if planes) summed apart; channels of one task
+  int64_t lines = 0, line = 0;  // lines of `line` elements: the pixels of the batch, or its planes
+  int64_t block_lines = 0;      // lines of one block of elements
+  int64_t parts = 0,
+          chunk = 0;  // of the sums: parts of the lines (samples, if planes) summed apart; channels of one task
 
   int64_t blocks() const { return (lines + block_lines - 1) / block_lines; }
   int64_t chunks() const { return (channels + chunk - 1) / chunk; }
