@@ -85,7 +85,8 @@ def test_layers(
     # Multiply-adds of a pass: 7x7x3 taps of 8 outputs at 7x7 places of two images.
     assert [row["macs"] for row in result["layers"][2:5]] == [2 * 49 * 8 * 147, 4 * 36 * 16 * 9, 4 * 36 * 16 * 36]
     assert all(row["conditions"].keys() >= CONDITIONS for row in result["layers"])
-    assert all(timing["median_ms"] > 0 for row in result["layers"] for timing in row["timings"].values())
+    timings = [timing for row in result["layers"] for timing in row["timings"].values()]
+    assert all(0 < timing["best_ms"] <= timing["median_ms"] for timing in timings)
     summary = figures.summarise(result["layers"][0], 0.9)
     assert [total["sparsity"] for total in result["totals"]] == [0.8, 0.9]
     assert result["totals"][1]["step"] == pytest.approx(4 * summary["step"])  # the 3x3 layer of ResNet-18 alone
@@ -253,7 +254,7 @@ def test_allocator(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [(row["run"], row["allocator"]) for row in rows] == [
         (run, name) for run in runs for name in ("default", "kept")
     ]
-    assert all(row["step_ms"] > 0 and row["faults"] >= 0 and row["peak"] > 0 for row in rows)
+    assert all(row["step_ms"] > 0 and "faults" in row and row["peak"] > 0 for row in rows)
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("| ResNet-18 ") == len(rows)
 
 
