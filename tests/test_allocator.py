@@ -53,6 +53,16 @@ def test_freed_memory_is_kept_until_it_is_undone() -> None:
     assert int(undone[1]) <= int(kept[2]) - 120
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_results_are_aligned_and_strided_as_by_torch(channels_last: bool) -> None:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for size in ((8, 32, 64, 64), (1, 1, 512, 1024), (2048, 1024, 1, 1), (600, 1, 1, 600)):
+        result = functional.decompress(functional.compress(torch.ones(size), 0.0), channels_last=channels_last)
+        assert result.stride() == torch.empty(size, memory_format=memory_format).stride()
+        assert result.data_ptr() % 64 == 0
+        assert torch.equal(result, torch.ones(size))
+
+
 @pytest.mark.parametrize("keep", [0, 1, None, "yes"])
 def test_anything_but_a_bool_is_an_error(keep: object) -> None:
     with pytest.raises(TypeError, match=r"^keep: expected True or False, got "):
