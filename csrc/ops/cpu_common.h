@@ -4,13 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <optional>
 #include <vector>
 
+#include "../kernels/cpu/aligned.h"
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/packing.h"
 #include "../kernels/cpu/parallel.h"
@@ -84,23 +83,8 @@ inline size_t element_bytes(ScalarType dtype) {
   }
 }
 
-// Results from this size on are aligned by hand. PyTorch asks for aligned memory, for which glibc wants a free block somewhat larger
-// than the freed one was: blocks of a training step then hardly ever serve the next step, and the heap grows to twice its size.
+// Results from this size on are aligned by hand (aligned.h).
 constexpr size_t kAlignedByHand = size_t{1} << 18;
-constexpr size_t kAlignment = 64;
-
-// Memory of a large result, whose first address is noted before it; null where there is none. Sizes are rounded up by at most an
-// eighth, for packed values differ a little from step to step.
-inline void* allocate_aligned(size_t bytes) {
-  const size_t unit = std::bit_floor(bytes) / 8;
-  void* const block = std::malloc((bytes + unit - 1) / unit * unit + kAlignment + sizeof(void*));
-  if (block == nullptr) return nullptr;
-  const auto at = (reinterpret_cast<uintptr_t>(block) + sizeof(void*) + kAlignment - 1) / kAlignment * kAlignment;
-  void** const data = reinterpret_cast<void**>(at);
-  data[-1] = block;
-  return data;
-}
-inline void free_aligned(void* data) { std::free(static_cast<void**>(data)[-1]); }
 
 // A tensor of `size`. What a size asks for may be absurd, of a large padding say, but never wraps.
 inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = false) {
@@ -110,10 +94,10 @@ inline Tensor empty(const Ints& size, ScalarType dtype, bool channels_last = fal
   if (fits && bytes < kAlignedByHand) {
     return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, memory_format(channels_last));
   }
-  void* const data = fits && bytes <= PTRDIFF_MAX / 2 ? allocate_aligned(bytes) : nullptr;
+  void* const data = fits ? cpu::allocate_aligned(bytes) : nullptr;
   STD_TORCH_CHECK(data != nullptr, "cannot allocate memory for a result of size ", to_string(size));
   return torch::stable::from_blob(data, size, dense_strides(size, channels_last),
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, free_aligned);
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, cpu::free_aligned);
 }
 
 }  // namespace swat

@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "aligned.h"
+
 namespace swat::cpu {
 
 template <typename T>
@@ -22,14 +24,14 @@ class Buffer {
     if (count <= capacity_) return;
     data_.reset();
     capacity_ = 0;
-    data_.reset(static_cast<T*>(::operator new(count * sizeof(T), kAlignment)));
+    data_.reset(static_cast<T*>(allocate_aligned(count * sizeof(T))));
+    if (!data_) throw std::bad_alloc();
     capacity_ = count;
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlignment); }
+    void operator()(T* p) const { free_aligned(p); }
   };
   std::unique_ptr<T, Free> data_;
   int64_t capacity_ = 0;
