@@ -14,7 +14,7 @@ from swat_ext import _C  # noqa: F401  (loading it registers the operators)
 from swat_ext.ops.geometry import Geometry
 from swat_ext.ops.layout import empty
 
-__all__ = ["least_kept", "mask_words", "most_kept"]
+__all__ = ["mask_words", "most_kept"]
 
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
@@ -29,11 +29,6 @@ def mask_words(numel: int) -> int:
 def most_kept(keep: int, numel: int) -> int:
     """Most elements of ``numel`` that pass for a budget of ``keep``: a quarter more, or 64 more where that is wider."""
     return torch.sym_min(torch.sym_max(keep + keep // 4, keep + _SLACK), numel)
-
-
-def least_kept(keep: int) -> int:
-    """Fewest elements that pass for a budget of ``keep``: a fifth less, or 64 less where that is wider."""
-    return max(0, min(keep - keep // 5, keep - _SLACK))
 
 
 def _check_devices(tensor: Tensor, **others: Tensor | None) -> None:

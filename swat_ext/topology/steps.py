@@ -6,7 +6,7 @@ that steps another one inside its own step, as ZeroRedundancyOptimizer does, cou
 """
 
 import threading
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
@@ -16,14 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 __all__ = ["follow", "unfollow"]
 
 
-class Counts(Protocol):
-    """A module that is to know of steps made on its weight."""
-
-    def named_parameters(self) -> Any: ...
-    def advance(self) -> None: ...
-
-
 _lock = threading.Lock()
+_hooks: list[Any] = []  # of torch, from the first follower on
 _followers: WeakSet[Any] = WeakSet()
 # Numbers of the counted steps: when each running step of an optimizer began, and the last that each module counted.
 _now = 0
@@ -43,9 +37,6 @@ def follow(module: nn.Module) -> None:
 def unfollow(module: nn.Module) -> None:
     with _lock:
         _followers.discard(module)
-
-
-_hooks: list[Any] = []
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
