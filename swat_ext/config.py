@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
+
+from swat_ext.topology.methods import METHODS, Method
 
 __all__ = [
     "BATCHNORMS",
     "Backend",
     "SWATConfig",
-    "check_backend",
-    "check_batchnorm",
+    "check_block_size",
+    "check_method",
+    "check_name",
     "check_period",
     "check_sparsity",
 ]
@@ -19,12 +22,12 @@ Backend = Literal["auto", "sparse", "dense"]
 # What a batch normalisation may keep for its backward pass.
 BATCHNORMS = ("exact", "bf16", "int8")
 
-# Every name that an argument may carry, and the ones of them that this version can do.
-_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "distribution": (("uniform", "erk", "momentum"), ("uniform",)),
-    "granularity": (("unstructured", "kernel", "filter", "block"), ("unstructured",)),
-    "batchnorm": (BATCHNORMS, BATCHNORMS),
-    "backend": (get_args(Backend), get_args(Backend)),
+# Every name that an argument may carry.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "distribution": ("uniform", "erk", "momentum"),
+    "granularity": ("unstructured", "kernel", "filter", "block"),
+    "batchnorm": BATCHNORMS,
+    "backend": get_args(Backend),
 }
 
 
@@ -50,25 +53,31 @@ def check_period(name: str, value: object) -> int:
     return value
 
 
-def check_backend(value: object) -> None:
-    """Raise ValueError unless ``value`` is "auto", "sparse" or "dense"."""
-    _check_name("backend", value)
+def check_name(kind: str, value: object, name: str | None = None) -> None:
+    """Raise ValueError, naming ``name``, unless ``value`` is one of the names that an argument ``kind`` may carry."""
+    if value not in _NAMES[kind]:
+        known = ", ".join(map(repr, _NAMES[kind]))
+        raise ValueError(f"{name or kind}: expected one of {known}, got {value!r}")
 
 
-def check_batchnorm(name: str, value: object) -> None:
-    """Raise ValueError, naming ``name``, unless ``value`` is "exact", "bf16" or "int8"."""
-    _check_name("batchnorm", value, name)
+def check_method(value: object) -> None:
+    """Raise unless ``value`` is a name of :data:`swat_ext.topology.METHODS` or a :class:`swat_ext.topology.Method`."""
+    if not isinstance(value, Method) and value not in METHODS:
+        known = ", ".join(map(repr, METHODS))
+        raise ValueError(f"method: expected one of {known} or a swat_ext.topology.Method, got {value!r}")
 
 
-def _check_name(kind: str, value: object, name: str | None = None) -> None:
-    known, available = _NAMES[kind]
-    name = name or kind
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-    if value not in available:
-        raise NotImplementedError(
-            f"{name}: {value!r} is not implemented yet; this version has {', '.join(map(repr, available))}"
-        )
+def check_block_size(value: object) -> tuple[int, int]:
+    """``value`` as output and input channels of a block; TypeError or ValueError otherwise."""
+    what = f"block_size: expected (output channels, input channels), integers of at least 1, got {value!r}"
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(what)
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise TypeError(what)
+        if item < 1:
+            raise ValueError(what)
+    return value[0], value[1]
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,22 @@ class SWATConfig:
     Attributes:
         sparsity: fraction of zeros in each layer's weight, in [0, 1).
         activation_sparsity: fraction of zeros in the input saved for each weight gradient, in [0, 1); None means that
-            of the layer's weight.
-        distribution: how the budget is shared over the layers; "uniform" (SWAT-U) gives each layer ``sparsity``.
-        granularity: what one decision keeps or drops; "unstructured" decides on each element.
-        topk_period: optimizer steps from one selection of a threshold to the next, at least 1. Published: 10 or 20 for
-            CIFAR, 5 for ImageNet.
+            of the layer's weight, whatever the distribution makes it.
+        method: "swat" keeps the largest weights as they are at each moment. "static", "set" and "rigl" hold a pattern,
+            random at first, outside which weights are exactly zero; or a :class:`swat_ext.topology.Method`.
+        distribution: how one budget is shared over the layers. "uniform" (SWAT-U) gives each layer ``sparsity``; "erk"
+            (SWAT-ERK) gives layers with fewer weights more of them; "momentum" (SWAT-M) gives more to layers that
+            learn more, after each optimizer step anew, and needs a :class:`swat_ext.SWATScheduler`. Under the last two
+            ``sparsity`` is that of all sparse layers together.
+        granularity: what one decision keeps or drops: "unstructured" a weight, "kernel" ``W[o, i]``, "filter" ``W[o]``,
+            "block" a rectangle of channels at one tap. Linear layers are unstructured under "kernel" and "filter".
+        block_size: output and input channels of a "block".
+        topk_period: optimizer steps from one selection of an activation's threshold to the next, at least 1. Published:
+            10 or 20 for CIFAR, 5 for ImageNet.
+        weight_topk_period: the same of a weight's. Selecting weights is cheap, and at each step they learn more.
         skip: name patterns (:mod:`fnmatch`, case matters) of layers to leave dense. None leaves the first convolution
-            dense under "uniform", as the paper does; an empty tuple leaves none. A layer without weights that a pattern
-            matches stays PyTorch's own.
+            dense under "uniform", as the paper does, and none under "erk" and "momentum"; an empty tuple leaves none. A
+            layer without weights that a pattern matches stays PyTorch's own.
         batchnorm: what BatchNorm keeps for its backward pass; "exact" its input, "bf16" and "int8" the normalised input
             in two bytes or in one. See :class:`swat_ext.SWATBatchNorm2d`.
         backend: "sparse" for this library's kernels, "dense" for PyTorch's on unpacked tensors, "auto" for those that
@@ -95,14 +112,17 @@ class SWATConfig:
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
-        NotImplementedError: a name that is known and not available in this version.
     """
 
     sparsity: float
     activation_sparsity: float | None = None
+    _: KW_ONLY
+    method: str | Method = "swat"
     distribution: str = "uniform"
     granularity: str = "unstructured"
+    block_size: tuple[int, int] = (8, 1)
     topk_period: int = 10
+    weight_topk_period: int = 1
     skip: Sequence[str] | None = None
     batchnorm: str = "exact"
     backend: Backend = "auto"
@@ -113,8 +133,16 @@ class SWATConfig:
             checked = check_sparsity("activation_sparsity", self.activation_sparsity)
             object.__setattr__(self, "activation_sparsity", checked)
         check_period("topk_period", self.topk_period)
+        check_period("weight_topk_period", self.weight_topk_period)
         for name in _NAMES:
-            _check_name(name, getattr(self, name))
+            check_name(name, getattr(self, name))
+        check_method(self.method)
+        object.__setattr__(self, "block_size", check_block_size(self.block_size))
+        if self.distribution == "momentum" and self.method != "swat":
+            raise ValueError(
+                f"distribution: expected 'uniform' or 'erk' for method {self.method!r}, which keeps a fixed number of "
+                "weights in each layer, got 'momentum'"
+            )
         if self.skip is not None:
             object.__setattr__(self, "skip", _patterns(self.skip))
 

@@ -14,15 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from swat_ext.config import check_block_size, check_name
 from swat_ext.ops.arguments import as_threshold, check_like, check_tensor
 from swat_ext.ops.autocast import autocast_input, autocast_of
 from swat_ext.ops.convolution import BACKENDS, convolve
 from swat_ext.ops.geometry import Geometry, IntPair
-from swat_ext.ops.packed import Packed
+from swat_ext.ops.packed import Packed, Pattern
+from swat_ext.ops.packed import pack as _pack
+from swat_ext.topology.blocks import block_norms, block_of, spread
 from swat_ext.topology.budget import Budget
 
 __all__ = [
     "Packed",
+    "Pattern",
     "compress",
     "conv2d",
     "conv2d_packed",
@@ -32,6 +36,8 @@ __all__ = [
     "linear",
     "linear_input_view",
     "linear_packed",
+    "pack",
+    "pattern",
 ]
 
 
@@ -89,6 +95,44 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
     """
     check_tensor("input", input)
     return _compress("threshold", input, threshold)
+
+
+def pattern(
+    weight: Tensor, sparsity: float, granularity: str = "unstructured", block_size: tuple[int, int] = (8, 1)
+) -> Pattern:
+    """The pattern that keeps the largest weights, or the blocks of weights with the largest L1 norms.
+
+    Of the weights, or blocks, ``ceil((1 - sparsity) * number)`` are kept, and ties at the last of them (spec:
+    "Granularity"). A kept weight that is exactly 0 stays in the pattern.
+
+    Args:
+        weight: ``[O, I, kh, kw]`` or ``[out, in]``, float32 or float64.
+        sparsity: fraction to drop, in [0, 1).
+        granularity: "unstructured", "kernel", "filter" or "block"; "kernel" and "filter" of a matrix are unstructured.
+        block_size: output and input channels of a "block", which covers them at one tap.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, named.
+    """
+    check_tensor("weight", weight)
+    check_name("granularity", granularity)
+    block = block_of(granularity, weight.shape, check_block_size(block_size))
+    norms = block_norms(weight.detach(), block)
+    if not norms.numel():
+        return Pattern.of(torch.zeros_like(weight, dtype=torch.bool))
+    limit = kth_magnitude(norms, keep_count(norms.numel(), sparsity))
+    return Pattern.of(spread(~(norms < limit), weight.shape, block))
+
+
+def pack(tensor: Tensor, pattern: Pattern) -> Packed:
+    """The elements of ``tensor`` that ``pattern`` keeps, zeros too, without gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong type, or a pattern of another shape. RuntimeError: its parts do not go together.
+    """
+    check_tensor("tensor", tensor)
+    _check_pattern("pattern", pattern, tensor.shape)
+    return _pack(tensor, pattern)
 
 
 def decompress(packed: Packed, *, channels_last: bool = False) -> Tensor:
@@ -203,8 +247,8 @@ def conv2d(
     dilation: IntPair = 1,
     groups: int = 1,
     *,
-    weight_threshold: float | Tensor,
-    activation_threshold: float | Tensor,
+    weight_threshold: float | Tensor | Pattern,
+    activation_threshold: float | Tensor | Pattern,
 ) -> Tensor:
     """SWAT's convolution (paper, algorithm 1; spec: "One layer").
 
@@ -217,7 +261,8 @@ def conv2d(
         weight: ``[O, C / groups, kh, kw]``, same dtype.
         bias: ``[O]`` or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding may be 'same' or 'valid'.
-        weight_threshold: float or 0-dim tensor; weights with ``|w|`` below it are dropped; 0 is exactly dense.
+        weight_threshold: float or 0-dim tensor; weights with ``|w|`` below it are dropped; 0 is exactly dense. Or the
+            :class:`Pattern` of those that are kept, as :func:`pattern` selects it.
         activation_threshold: the same for the input of the weight gradient.
 
     Returns:
@@ -237,8 +282,8 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    weight_threshold: float | Tensor,
-    activation_threshold: float | Tensor,
+    weight_threshold: float | Tensor | Pattern,
+    activation_threshold: float | Tensor | Pattern,
 ) -> Tensor:
     """SWAT's linear layer: ``input @ top(weight).T + bias``; see :func:`conv2d` for what is saved and the gradients.
 
@@ -246,7 +291,8 @@ def linear(
         input: ``[..., in_features]``, float32 or float64.
         weight: ``[out_features, in_features]``, same dtype.
         bias: ``[out_features]`` or None.
-        weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense.
+        weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense. Or patterns, as
+            of :func:`conv2d`; that of the input has the size of ``linear_input_view(input)``.
 
     Returns:
         ``[..., out_features]``.
@@ -306,13 +352,20 @@ def linear_input_view(input: Tensor) -> Tensor:
     return input.reshape(1, 1, math.prod(input.shape[:-1]), input.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _compress(name: str, tensor: Tensor, threshold: float | Tensor) -> Packed:
+def _compress(name: str, tensor: Tensor, threshold: float | Tensor | Pattern) -> Packed:
+    if isinstance(threshold, Pattern):
+        _check_pattern(name, threshold, tensor.shape)
+        return _pack(tensor, threshold)
     values, mask = torch.ops.swat_ext.compress(tensor.detach(), as_threshold(name, threshold, tensor))
     return Packed(values, mask, tensor.shape)
 
 
 def _compress_both(
-    input: Tensor, view: Tensor, weight: Tensor, weight_threshold: float | Tensor, activation_threshold: float | Tensor
+    input: Tensor,
+    view: Tensor,
+    weight: Tensor,
+    weight_threshold: float | Tensor | Pattern,
+    activation_threshold: float | Tensor | Pattern,
 ) -> tuple[Packed, Packed | None]:
     """``top(weight)``, and ``top(view)`` of the input where the weight's gradient will need it."""
     check_tensor("input", input)
@@ -320,7 +373,10 @@ def _compress_both(
     packed_weight = _compress("weight_threshold", weight, weight_threshold)
     if torch.is_grad_enabled() and weight.requires_grad:
         return packed_weight, _compress("activation_threshold", view, activation_threshold)
-    as_threshold("activation_threshold", activation_threshold, input)
+    if isinstance(activation_threshold, Pattern):
+        _check_pattern("activation_threshold", activation_threshold, view.shape)
+    else:
+        as_threshold("activation_threshold", activation_threshold, input)
     return packed_weight, None
 
 
@@ -349,6 +405,13 @@ def _check_is_packed(name: str, packed: object) -> None:
     if packed.values.device != packed.mask.device:
         devices = f"{packed.values.device} and {packed.mask.device}"
         raise ValueError(f"{name}: expected values and mask on one device, got {devices}")
+
+
+def _check_pattern(name: str, pattern: object, size: torch.Size) -> None:
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"{name}: expected a Pattern, got {type(pattern).__name__}")
+    if pattern.size != size:
+        raise ValueError(f"{name}: expected a pattern of size {tuple(size)}, got {tuple(pattern.size)}")
 
 
 def _check_packed(name: str, packed: Packed, size: torch.Size) -> None:

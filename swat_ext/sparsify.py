@@ -2,10 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -14,8 +14,11 @@ from swat_ext.config import SWATConfig
 from swat_ext.inspect.shapes import copy_model, on_meta
 from swat_ext.modules import SWATLayer
 from swat_ext.modules.around import become_around, become_plain, has_around_form
+from swat_ext.modules.base import LayerOptions
 from swat_ext.modules.forms import sparse_form
 from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
+from swat_ext.topology.budget import Budget
+from swat_ext.topology.distribution import erk
 
 __all__ = ["LeftDense", "Sparsified", "SparsifyWarning", "Surveyed", "dense_shapes", "sparsify_", "survey", "to_dense"]
 
@@ -141,8 +144,10 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
         reasons = "\n".join(_lines(by_choice + impossible)) or "  it has no nn.Conv2d and no nn.Linear"
         raise ValueError(f"model: no layer would become sparse:\n{reasons}")
 
-    for layer in targets:
-        _swap(layer.module, config)
+    _check_shared(targets, config)
+    budgets = _budgets(targets, config)
+    for number, (layer, budget) in enumerate(zip(targets, budgets, strict=True)):
+        _swap(layer.module, config, number, budget)
     slim = [(module, names[0]) for module, names in around.items() if not _matched(names, config.skip or ())]
     for module, _ in slim:
         become_around(module, config.batchnorm)
@@ -168,7 +173,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, SWATLayer) for module in model.modules()):
         raise ValueError("model: expected at least one SWATConv2d or SWATLinear, found none")
     dense = copy.deepcopy(model)
-    known: dict[tuple[int, float], nn.Parameter] = {}
+    known: dict[Hashable, nn.Parameter] = {}
     originals = list(dense.parameters())  # held, so that no id in `known` is used twice
     for module in list(dense.modules()):
         if isinstance(module, SWATLayer):
@@ -268,6 +273,8 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _skipped(layers: list[Surveyed], around: dict[nn.Module, list[str]], config: SWATConfig) -> dict[str, str]:
     """Names of the layers to leave dense by choice, with the reason."""
+    if config.skip is None and config.distribution != "uniform":
+        return {}
     if config.skip is None:
         first = next((layer for layer in layers if isinstance(layer.module, nn.Conv2d)), None)
         if first is None or first.obstacle is not None:
@@ -286,15 +293,38 @@ def _skipped(layers: list[Surveyed], around: dict[nn.Module, list[str]], config:
     return skipped
 
 
-def _swap(module: nn.Module, config: SWATConfig) -> None:
+def _check_shared(targets: list[Surveyed], config: SWATConfig) -> None:
+    """Two patterns on one weight would undo each other."""
+    if config.method == "swat":
+        return
+    owners: dict[int, str] = {}
+    for layer in targets:
+        other = owners.setdefault(id(layer.module.weight), layer.name)
+        if other != layer.name:
+            raise ValueError(
+                f"method: {config.method!r} holds a pattern a layer, and {other!r} and {layer.name!r} share their weight"
+            )
+
+
+def _budgets(targets: list[Surveyed], config: SWATConfig) -> list[Budget]:
+    """What each layer is to keep; a weight that several layers share counts once."""
+    if config.distribution != "erk":
+        return [Budget.of(config.sparsity)] * len(targets)
+    sizes: dict[int, Any] = {id(layer.module.weight): layer.module.weight.shape for layer in targets}
+    counts = dict(zip(sizes, erk(list(sizes.values()), config.sparsity), strict=True))
+    weights = [id(layer.module.weight) for layer in targets]
+    return [Budget.kept(counts[weight], sizes[weight].numel()) for weight in weights]
+
+
+def _swap(module: nn.Module, config: SWATConfig, number: int, budget: Budget) -> None:
     # Changing the class keeps the object: hooks, lists and attributes elsewhere that refer to it keep working.
     module.__class__ = sparse_form(type(module))  # type: ignore[assignment]
     module._set_up(  # type: ignore[operator]
-        sparsity=config.sparsity,
-        activation_sparsity=config.activation_sparsity,
-        topk_period=config.topk_period,
-        backend=config.backend,
+        budget,
+        number,
+        **{name: getattr(config, name) for name in LayerOptions.__annotations__},
     )
+    module.distribution = config.distribution  # type: ignore[assignment]
 
 
 def _lines(layers: tuple[LeftDense, ...]) -> list[str]:

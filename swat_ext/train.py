@@ -16,6 +16,7 @@ from swat_ext.data import DATA, Data, load_data
 from swat_ext.inspect.report import report
 from swat_ext.models import MODELS, STEMS, build_model
 from swat_ext.sparsify import sparsify_
+from swat_ext.topology import METHODS
 from swat_ext.training import CHECKPOINT, RECIPES, Diverged, Recipe, Trainer, load_checkpoint, recipe_for
 
 __all__ = ["main"]
@@ -34,6 +35,11 @@ _DEFAULTS: dict[str, Any] = {
     "dense": False,
     "sparsity": None,
     "activation_sparsity": None,
+    "method": "swat",
+    "distribution": "uniform",
+    "granularity": "unstructured",
+    "block_size": [8, 1],
+    "weight_topk_period": 1,
     "skip": None,
     "batchnorm": "exact",
     "backend": "auto",
@@ -44,7 +50,8 @@ _DEFAULTS: dict[str, Any] = {
     "workers": 0,
 }
 _SPARSITY = 0.9
-_SPARSE_ONLY = ("sparsity", "activation_sparsity", "skip", "batchnorm", "topk_period", "topk_warmup_epochs")
+_SPARSE = ("method", "distribution", "granularity", "block_size", "weight_topk_period", "skip", "batchnorm")
+_SPARSE_ONLY = ("sparsity", "activation_sparsity", *_SPARSE, "topk_period", "topk_warmup_epochs", "ramp")
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding.
 _FREE = ("data_dir", "threads", "workers")
 # From this many pixels on, images get the ImageNet stem where the network has one.
@@ -100,12 +107,26 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--dense", action="store_true", help="train the plain network")
     sparse.add_argument("--sparsity", type=float, metavar="S", help="of the weights (default: 0.9)")
     sparse.add_argument("--activation-sparsity", type=float, metavar="S", help="(default: that of the weights)")
+    sparse.add_argument("--method", choices=list(METHODS), help="how kept weights are chosen (default: swat)")
+    sparse.add_argument(
+        "--distribution", choices=["uniform", "erk", "momentum"], help="of the budget over layers (default: uniform)"
+    )
+    sparse.add_argument(
+        "--granularity",
+        choices=["unstructured", "kernel", "filter", "block"],
+        help="what one decision keeps or drops (default: unstructured)",
+    )
+    sparse.add_argument(
+        "--block-size", type=int, nargs=2, metavar=("O", "I"), help="channels of a block (default: 8 1)"
+    )
+    sparse.add_argument("--ramp", type=float, metavar="X", help="share of the run over which sparsity rises (default: 0)")
     sparse.add_argument(
         "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
     )
     sparse.add_argument("--batchnorm", choices=BATCHNORMS, help="what BatchNorm keeps for backward (default: exact)")
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
-    sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection to the next")
+    sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection of activations to the next")
+    sparse.add_argument("--weight-topk-period", type=int, metavar="N", help="the same of weights (default: 1)")
     sparse.add_argument("--topk-warmup-epochs", type=int, metavar="N", help="first epochs that select at every step")
 
     recipe = parser.add_argument_group("recipe (defaults: those of the recipe)")
@@ -191,12 +212,7 @@ def _build(settings: dict[str, Any], data: Data) -> nn.Module:
     )
     if not settings["dense"]:
         config = SWATConfig(
-            sparsity=settings["sparsity"],
-            activation_sparsity=settings["activation_sparsity"],
-            topk_period=settings["topk_period"],
-            skip=settings["skip"],
-            batchnorm=settings["batchnorm"],
-            backend=settings["backend"],
+            **{name: settings[name] for name in ("sparsity", "activation_sparsity", *_SPARSE, "topk_period", "backend")}
         )
         sparsify_(model, config)
     return model
@@ -209,7 +225,7 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 
 def _describe(settings: dict[str, Any], recipe: Recipe, data: Data, out: Path) -> str:
     unused = dict.fromkeys(("decay", "milestones"), recipe.schedule != "step")
-    unused |= dict.fromkeys(("topk_period", "topk_warmup_epochs"), settings["dense"])
+    unused |= dict.fromkeys(("topk_period", "topk_warmup_epochs", "ramp"), settings["dense"])
     values = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in asdict(recipe).items()

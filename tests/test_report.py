@@ -62,7 +62,7 @@ def test_rows_carry_the_settings_the_work_and_the_memory():
     assert conv.dense_flops == 6 * macs
     assert conv.swat_flops == pytest.approx(2 * macs * (2 * 0.2 + 0.5))
     assert conv.dense_bytes == 4 * 16 * 64 * 4
-    assert conv.activation_bytes == packed_bytes(4096, 0.5, 4) == 2048 * 4 + (64 + 4) * 8
+    assert conv.activation_bytes == packed_bytes(4096, 2048, 4) == 2048 * 4 + (64 + 4) * 8
     assert conv.weight_bytes == (36 + 3) * 8  # the elements are in the parameter
     assert conv.saved_bytes == conv.activation_bytes + conv.weight_bytes
 

@@ -112,25 +112,26 @@ inline void check_dim(const Tensor& tensor, int64_t& dim) {
 struct KeptBounds {
   int64_t least, most;
 
-  KeptBounds(int64_t keep, int64_t numel)
-      : least(std::max<int64_t>(0, std::min(keep - keep / 5, keep - kSlack))),
-        most(keep > numel - std::max(keep / 4, kSlack) ? numel : keep + std::max(keep / 4, kSlack)) {}
+  KeptBounds(int64_t keep, int64_t numel) : KeptBounds(keep, numel, std::min<int64_t>(64, (numel + 63) / 64)) {}
 
  private:
-  static constexpr int64_t kSlack = 64;
+  KeptBounds(int64_t keep, int64_t numel, int64_t slack)
+      : least(std::max<int64_t>(0, std::min(keep - keep / 5, keep - slack))),
+        most(keep > numel - std::max(keep / 4, slack) ? numel : keep + std::max(keep / 4, slack)) {}
 };
 
 // The arguments of compress, for the bounds of its result if it has a budget.
 inline std::optional<KeptBounds> check_compress(const Tensor& input, const Tensor& threshold,
-                                                const std::optional<int64_t>& keep, bool padded) {
+                                                const std::optional<int64_t>& keep,
+                                                const std::optional<int64_t>& room) {
   STD_TORCH_CHECK(threshold.numel() == 1, "threshold: expected one number, got size ", to_string(sizes(threshold)));
   check_same_dtype("threshold", threshold, input);
   check_same_device("threshold", threshold, input);
-  if (!keep) {
-    STD_TORCH_CHECK(!padded, "padded: expected False without keep");
-    return std::nullopt;
-  }
   const int64_t numel = input.numel();
+  if (room) {
+    STD_TORCH_CHECK(*room >= 0 && *room <= numel, "room: expected from 0 to input.numel() = ", numel, ", got ", *room);
+  }
+  if (!keep) return std::nullopt;
   STD_TORCH_CHECK(*keep >= (numel > 0 ? 1 : 0) && *keep <= numel, "keep: expected from 1 to input.numel() = ", numel,
                   ", got ", *keep);
   return KeptBounds(*keep, numel);

@@ -101,12 +101,12 @@ void trim(uint64_t* words, int64_t* ranks, int64_t numel, int64_t most) {
 }
 
 std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold, std::optional<int64_t> keep,
-                                    bool padded) {
+                                    std::optional<int64_t> room) {
   return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
-    const std::optional<KeptBounds> bounds = check_compress(input, threshold, keep, padded);
+    const std::optional<KeptBounds> bounds = check_compress(input, threshold, keep, room);
     const bool as_it_lies = planes<const T>(input, input.const_data_ptr<T>()).has_value();
     const Tensor source = as_it_lies ? input : torch::stable::contiguous(input);
-    const int64_t numel = input.numel(), length = padded ? bounds->most : 0;
+    const int64_t numel = input.numel(), length = room.value_or(0);
     const Tensor mask = empty({mask_words(numel)}, ScalarType::Long);
     const T limit = *threshold.const_data_ptr<T>();
     auto [values, count] = compress_planes<T>(source, limit, length, mask);
@@ -114,20 +114,19 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
       const T fresh = select_magnitude<T>(source, *keep);
       if (fresh != limit) std::tie(values, count) = compress_planes<T>(source, fresh, length, mask);
     }
-    if (padded && count > length) {
+    if (room && count > length) {
       int64_t* const words = mask.mutable_data_ptr<int64_t>();
       trim(reinterpret_cast<uint64_t*>(words), words + (numel + 63) / 64, numel, length);
       values = torch::stable::clone(torch::stable::narrow(values, 0, 0, length));
-    } else if (padded) {
+    } else if (room) {
       std::fill(values.template mutable_data_ptr<T>() + count, values.template mutable_data_ptr<T>() + length, T{0});
     }
     return {values, mask};
   });
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor clock, int64_t keep, int64_t period,
-                                  bool padded) {
-  return select_by_clock(input, threshold, clock, keep, period, padded, kth_magnitude, compress);
+std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor state, std::optional<int64_t> room) {
+  return select_by_state(input, threshold, state, room, kth_magnitude, compress);
 }
 
 Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {

@@ -56,9 +56,9 @@ Tensor kth_magnitude(const Tensor& input, int64_t k) {
 }
 
 std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold, std::optional<int64_t> keep,
-                                    bool padded) {
+                                    std::optional<int64_t> room) {
   return dispatch("input", input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
-    const std::optional<KeptBounds> bounds = check_compress(input, threshold, keep, padded);
+    const std::optional<KeptBounds> bounds = check_compress(input, threshold, keep, room);
     const OnDevice device(input);
     const cudaStream_t stream = device.stream();
     const int64_t numel = input.numel();
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
     int32_t* const condition = reinterpret_cast<int32_t*>(write<int64_t>(counters) + 1);
     const Tensor memory = scratch(cuda::compress_scratch(params), input);
     params.scratch = write<void>(memory);
-    // Without a budget the length is not known yet: half of the elements have room first.
-    Tensor values = empty({bounds ? bounds->most : (numel + 1) / 2}, input.scalar_type(), input);
+    // Without room and budget the length is not known yet: half of the elements have room first.
+    Tensor values = empty({room ? *room : bounds ? bounds->most : (numel + 1) / 2}, input.scalar_type(), input);
     params.values = write<T>(values);
     params.capacity = values.numel();
     check(cuda::compress(params, stream), "compress");
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
       params.condition = condition;
       check(cuda::compress(params, stream), "compress");
     }
-    if (padded) {
-      check(cuda::trim(params.words, params.ranks, params.kept, numel, bounds->most, stream), "compress");
-      check(cuda::clear_tail(params.values, params.kept, bounds->most, stream), "compress");
+    if (room) {
+      check(cuda::trim(params.words, params.ranks, params.kept, numel, *room, stream), "compress");
+      check(cuda::clear_tail(params.values, params.kept, *room, stream), "compress");
       return {values, mask};
     }
     // This alone waits for the device, and cannot be captured in a graph.
@@ -109,9 +109,8 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
   });
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor clock, int64_t keep, int64_t period,
-                                  bool padded) {
-  return select_by_clock(input, threshold, clock, keep, period, padded, kth_magnitude, compress);
+std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor state, std::optional<int64_t> room) {
+  return select_by_state(input, threshold, state, room, kth_magnitude, compress);
 }
 
 // Samples [begin, end) of the dense tensor, where `size` has any; all of it otherwise.

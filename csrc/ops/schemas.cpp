@@ -5,11 +5,10 @@
 SWAT_LIBRARY(m) {
   m.def("kth_magnitude(Tensor input, int k) -> Tensor");
   m.def(
-      "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, bool padded=False) -> (Tensor values, Tensor "
+      "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, SymInt? room=None) -> (Tensor values, Tensor "
       "mask)");
   m.def(
-      "select(Tensor input, Tensor(a!) threshold, Tensor(b!) clock, SymInt keep, int period, bool padded) -> (Tensor "
-      "values, Tensor mask)");
+      "select(Tensor input, Tensor(a!) threshold, Tensor(b!) state, SymInt? room) -> (Tensor values, Tensor mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(

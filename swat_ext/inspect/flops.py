@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from swat_ext.functional import keep_count
 from swat_ext.modules import SWATLayer
 from swat_ext.ops.convolution import retakes
 from swat_ext.ops.library import mask_words
@@ -51,9 +50,9 @@ def training_flops(macs: int, sparsity: float = 0.0, activation_sparsity: float 
     return 2.0 * macs * (2 * (1 - sparsity) + (1 - activation_sparsity))
 
 
-def packed_bytes(numel: int, sparsity: float, itemsize: int) -> int:
+def packed_bytes(numel: int, kept: int, itemsize: int) -> int:
     """Bytes of a packed tensor right after a selection: kept elements and mask; fewer if some of those are zero."""
-    return keep_count(numel, sparsity) * itemsize + mask_words(numel) * 8
+    return kept * itemsize + mask_words(numel) * 8
 
 
 def saved_input_size(layer: nn.Module, input_size: Sequence[int]) -> list[int]:
@@ -78,7 +77,7 @@ def kept_bytes(layer: nn.Module, input: Tensor) -> tuple[int, int]:
     dense = 0 if frozen and isinstance(layer, nn.Linear) else numel * itemsize
     if not isinstance(layer, SWATLayer):
         return dense, dense
-    return dense, 0 if frozen else packed_bytes(numel, layer.activation_sparsity, itemsize)
+    return dense, 0 if frozen else packed_bytes(numel, layer.activation_budget.count(numel), itemsize)
 
 
 def weight_bytes(layer: SWATLayer) -> int:
@@ -86,7 +85,7 @@ def weight_bytes(layer: SWATLayer) -> int:
     numel = layer.weight.numel()
     if retakes(layer.weight):
         return 8 * mask_words(numel)
-    return packed_bytes(numel, layer.sparsity, layer.weight.element_size())
+    return packed_bytes(numel, layer.budget.count(numel), layer.weight.element_size())
 
 
 def describe(layer: nn.Module) -> str:

@@ -18,7 +18,7 @@ from swat_ext.inspect.flops import (
 )
 from swat_ext.inspect.record import Call, Recorder, Saved
 from swat_ext.inspect.shapes import arguments, copy_model, map_tensors, on_meta, tensors_in
-from swat_ext.inspect.table import human_bytes, human_change, human_count, human_shares, render
+from swat_ext.inspect.table import human_bytes, human_change, human_count, human_share, human_shares, render
 from swat_ext.modules import SWATLayer
 from swat_ext.sparsify import LeftDense, Surveyed, survey
 
@@ -28,6 +28,7 @@ __all__ = ["HeldByKind", "LayerReport", "Report", "report"]
 _MOST_NAMES = 3
 _NOT_RUN = "Give input_size or example_inputs for FLOPs and bytes."
 _SHARES = """\
+kept: weights that the budget keeps, and their share of all kept weights.
 sparsity: zeros asked for in the weight / in the input kept for the weight gradient; realised: what the last training
 forward had; age: optimizer steps since the last selection."""
 _RUN = """\
@@ -58,6 +59,7 @@ class LayerReport:
     Attributes:
         name, kind: its first name, and what it is in a few words ("/2" is a stride of 2).
         sparse: whether it trains sparse; if not, its two sparsities are 0 and ``reason`` says why.
+        weights, kept_weights: elements of its weight, and how many of them its budget keeps.
         sparsity, activation_sparsity: fractions of zeros, in [0, 1).
         realised_sparsity: those that the last training forward had, of weight and activation; None where not known.
         steps_since_selection: optimizer steps since either was last selected; None where not known.
@@ -74,6 +76,8 @@ class LayerReport:
     name: str
     kind: str
     sparse: bool
+    weights: int
+    kept_weights: int
     sparsity: float
     activation_sparsity: float
     realised_sparsity: tuple[float | None, float | None]
@@ -103,6 +107,7 @@ class Report:
         model: name of the model's class.
         input_size: shape of the first tensor that the model ran on; None if it did not run.
         layers: one row a layer that multiplies by weights, in the order of registration.
+        weights, kept_weights: elements of all their weights, and of those the kept ones; shared weights count once.
         left_dense: those of them that are not sparse, by choice or because they cannot be.
         dense_flops, swat_flops: training FLOPs of the layers that can be counted, for one batch.
         dense_bytes: bytes that PyTorch's layers would hold for the backward pass; an input that several layers read
@@ -120,6 +125,8 @@ class Report:
     model: str
     input_size: tuple[int, ...] | None
     layers: tuple[LayerReport, ...]
+    weights: int
+    kept_weights: int
     left_dense: tuple[LeftDense, ...]
     dense_flops: float | None
     swat_flops: float | None
@@ -154,6 +161,14 @@ class Report:
         notes += [*self._held_outside(), dense, _SHARES, _RUN]
         return "\n".join([title, "", self._table(), "", change, *self._kernels(), *notes])
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all weights of these layers together, those of dense layers included."""
+        return 1 - self.kept_weights / self.weights if self.weights else 0.0
+
+    def _kept(self, row: LayerReport) -> str:
+        return f"{human_count(row.kept_weights)} ({human_share(row.kept_weights / max(1, self.kept_weights))})"
+
     def _table(self) -> str:
         rows = self.layers
         shares = [(row.sparsity, row.activation_sparsity) if row.sparse else (None, None) for row in rows]
@@ -161,7 +176,8 @@ class Report:
         columns: list[tuple[str, str, list[str], str]] = [
             ("layer", "<", [row.name or "(model)" for row in rows], "total"),
             ("kind", "<", [row.kind + (f" ({row.calls} calls)" if (row.calls or 0) > 1 else "") for row in rows], ""),
-            ("sparsity", ">", [human_shares(pair) for pair in shares], ""),
+            ("sparsity", ">", [human_shares(pair) for pair in shares], human_share(self.sparsity)),
+            ("kept", ">", [self._kept(row) for row in rows], human_count(self.kept_weights)),
         ]
         if any(row.realised_sparsity != (None, None) for row in rows):
             columns.append(("realised", ">", [human_shares(row.realised_sparsity) for row in rows], ""))
@@ -245,6 +261,8 @@ def report(
         recorder = _walk(model, surveyed, ((tensor,), {}), what)
     calls = {} if recorder is None else recorder.layer_calls
     rows = [_row(layer, calls.get(layer.name)) for layer in surveyed]
+    # By the weight: several layers may share one.
+    once = {id(getattr(layer.module, "weight", layer)): row for layer, row in zip(surveyed, rows, strict=True)}.values()
     left = [layer.left_dense(row.reason) for layer, row in zip(surveyed, rows, strict=True) if not row.sparse]
     totals: dict[str, Any] = dict.fromkeys(("dense_flops", "swat_flops", "dense_bytes", "saved_bytes", "outside"))
     if recorder is not None:
@@ -253,6 +271,8 @@ def report(
         model=type(model).__name__,
         input_size=size,
         layers=tuple(rows),
+        weights=sum(row.weights for row in once),
+        kept_weights=sum(row.kept_weights for row in once),
         left_dense=tuple(left),
         **totals,
         parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -319,6 +339,7 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
     module = layer.module
     sparse = module if isinstance(module, SWATLayer) else None
     sparsity = activation_sparsity = 0.0
+    weights = _elements(module)
     backend, reason = "dense", layer.obstacle or layer.chosen or "sparsify_ was not called on it"
     weight = 0
     if sparse is not None:
@@ -336,6 +357,8 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         name=layer.name,
         kind=describe(module),
         sparse=sparse is not None,
+        weights=weights,
+        kept_weights=weights if sparse is None else sparse.budget.count(weights),
         sparsity=sparsity,
         activation_sparsity=activation_sparsity,
         realised_sparsity=(None, None) if sparse is None else sparse.realised_sparsity,
@@ -351,6 +374,15 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         activation_bytes=activation_bytes,
         weight_bytes=weight,
     )
+
+
+def _elements(module: nn.Module) -> int:
+    """Of the weight, or of whatever parameters a layer of another kind multiplies by."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.numel()
+    sizes = [parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    return sum(sizes)
 
 
 def _totals(surveyed: list[Surveyed], rows: list[LayerReport], calls: dict[str, list[Call]]) -> dict[str, float]:

@@ -2,91 +2,121 @@
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from swat_ext.config import Backend, check_backend, check_period, check_sparsity
+from swat_ext.config import Backend, check_block_size, check_method, check_name, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.tracing import refuse_scripting, refuse_tracing
 from swat_ext.ops.arguments import check_tensor
 from swat_ext.ops.backend import Choice, choose_backend
 from swat_ext.topology import steps
+from swat_ext.topology.blocks import block_of
 from swat_ext.topology.budget import Budget
+from swat_ext.topology.methods import Method, method_of
 from swat_ext.topology.selection import Selection, select_exactly
 from swat_ext.topology.sharing import shared
+from swat_ext.topology.weights import Held, Largest
 
-__all__ = ["SWATLayer"]
+__all__ = ["LayerOptions", "SWATLayer", "check_options"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """What a sparse layer is told beside its sparsity, as in :class:`swat_ext.SWATConfig`."""
+
+    activation_sparsity: float | None
+    method: str | Method
+    granularity: str
+    block_size: tuple[int, int]
+    topk_period: int
+    weight_topk_period: int
+    backend: Backend
+
+
+class _Driver(Protocol):
+    """Who sets budgets and patterns while training: a SWATScheduler."""
+
+    def drive(self, layers: list["SWATLayer"], optimizer: Optimizer) -> None:
+        """``optimizer`` has made a step on the weights of ``layers``."""
 
 
 class SWATLayer(nn.Module):
     """A layer whose weight and saved input are sparse; mixed into a dense layer's class.
 
-    While training it keeps two thresholds and selects each anew every ``topk_period`` optimizer steps, which torch's
-    own hook on all optimizers counts. In evaluation it selects exactly, from the weight alone.
+    While training it keeps two thresholds and selects each anew every so many optimizer steps, which torch's own hook
+    on all optimizers counts. In evaluation it selects exactly, from the weight alone. A layer whose method is not
+    "swat" holds a pattern of its weight instead of a threshold.
 
     Attributes:
         sparsity: fraction of zeros in the weight, in [0, 1). Setting it selects anew at the next training forward.
         activation_sparsity: the same for the input saved for the weight gradient; setting None follows ``sparsity``.
-        topk_period: optimizer steps from one selection to the next.
+        topk_period, weight_topk_period: optimizer steps from one selection to the next, of activation and weight.
         backend: "auto", "sparse" or "dense".
-        weight_threshold, activation_threshold: 0-dim, in the weight's dtype; no buffers. 0 before the first selection.
+        weight_threshold, activation_threshold: 0-dim, in the weight's dtype; no buffers. 0 before the first selection;
+            of blocks the threshold of their L1 norms; NaN where a pattern is held.
+        method, granularity, block_size: as they were given.
+        distribution: as in :class:`swat_ext.SWATConfig`; under "momentum" a scheduler sets the budget at each step.
     """
 
     dense_class: ClassVar[type[nn.Module]]
 
     weight: Tensor
+    # Not of one layer's own, so no state of it: who set these up.
+    distribution = "uniform"
+    driver: _Driver | None = None
 
-    def _set_up(
-        self,
-        *,
-        sparsity: float,
-        activation_sparsity: float | None = None,
-        topk_period: int = 10,
-        backend: Backend = "auto",
-    ) -> None:
-        """Make an initialised dense layer, already of this class, sparse. Raises before it changes anything."""
-        _check_settings(sparsity, activation_sparsity, topk_period, backend)
-        self._sparsity = float(sparsity)
-        self._activation_sparsity = None if activation_sparsity is None else float(activation_sparsity)
-        self._topk_period = topk_period
-        self._backend: Backend = backend
-        self._weights = Selection(self.weight)
-        self._activations = Selection(self.weight)
+    def _set_up(self, budget: Budget, number: int = 0, **options: Unpack[LayerOptions]) -> None:
+        """Make an initialised dense layer, already of this class, sparse.
+
+        ``number`` is that of the layer in its model, for random patterns; the options are checked.
+        """
+        options = {**_DEFAULTS, **options}
+        activation_sparsity = options["activation_sparsity"]
+        self._follows = activation_sparsity is None
+        self._backend = options["backend"]
+        self.method, self.granularity = options["method"], options["granularity"]
+        self.block_size = check_block_size(options["block_size"])
+        self._weight_topk_period = options["weight_topk_period"]
+        kept = budget if activation_sparsity is None else Budget.of(activation_sparsity)
+        self._activations = Selection(self.weight, kept, options["topk_period"])
+        self._number = number
+        self._weights = self._topology(budget)
         self._settle()
         steps.follow(self)
 
+    def _topology(self, budget: Budget) -> Largest | Held:
+        block = block_of(self.granularity, self.weight.shape, self.block_size)
+        method = method_of(self.method)
+        if method is None:
+            return Largest(self.weight, budget, self._weight_topk_period, block)
+        held = Held(self.weight, budget, method, block, self._number)
+        held.clear(self.weight)
+        return held
+
     @classmethod
-    def from_dense(
-        cls,
-        layer: nn.Module,
-        *,
-        sparsity: float,
-        activation_sparsity: float | None = None,
-        topk_period: int = 10,
-        backend: Backend = "auto",
-    ) -> Self:
+    def from_dense(cls, layer: nn.Module, *, sparsity: float, **options: Unpack[LayerOptions]) -> Self:
         """A sparse layer over the very parameters of a dense one, with its hooks and its training flag.
 
         Args:
-            layer: exactly of ``cls.dense_class``; it is left as it is.
-            sparsity, activation_sparsity, topk_period, backend: as in :class:`swat_ext.SWATConfig`.
+            layer: exactly of ``cls.dense_class``; it is left as it is, but a method that holds a pattern makes its
+                weight zero outside.
+            sparsity, options: as in :class:`swat_ext.SWATConfig`.
 
         Raises:
             TypeError: ``layer`` is of another class. TypeError, ValueError: a setting out of its range.
         """
         if type(layer) is not cls.dense_class:
             raise TypeError(f"layer: expected exactly nn.{cls.dense_class.__name__}, got {type(layer).__name__}")
-        _check_settings(sparsity, activation_sparsity, topk_period, backend)
+        budget = check_options(sparsity, options)
         sparse = cls.__new__(cls)
         # Registries (parameters, buffers, hooks) are copied, what they hold is shared.
         sparse.__dict__.update(
             {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
         )
-        sparse._set_up(
-            sparsity=sparsity, activation_sparsity=activation_sparsity, topk_period=topk_period, backend=backend
-        )
+        sparse._set_up(budget, **options)
         return sparse
 
     def to_dense(self) -> nn.Module:
@@ -95,14 +125,15 @@ class SWATLayer(nn.Module):
         dense._become_dense({})
         return dense
 
-    def _become_dense(self, known: dict[tuple[int, float], nn.Parameter]) -> None:
+    def _become_dense(self, known: dict[Hashable, nn.Parameter]) -> None:
         """Change this object into a dense layer; ``known`` keeps a weight of equally sparse layers shared."""
-        key = (id(self.weight), self._sparsity)
+        key = (id(self.weight), self._weights.budget, self.granularity, self.block_size)
         if key not in known:
             # A new parameter, not new values: other modules (a tied embedding) may hold the old one.
-            packed, _ = select_exactly(self.weight.detach(), self._budget.count(self.weight.numel()))
-            weight = torch.empty_like(self.weight).copy_(decompress(packed))
-            known[key] = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+            kept = decompress(self._weights.pack(self.weight.detach(), False))
+            known[key] = nn.Parameter(
+                torch.empty_like(self.weight).copy_(kept), requires_grad=self.weight.requires_grad
+            )
         self._parameters["weight"] = known[key]
         self._become_plain()
 
@@ -110,44 +141,88 @@ class SWATLayer(nn.Module):
         """Change the class back and drop what the sparse layer set up."""
         steps.unfollow(self)
         for name in _OWN_ATTRIBUTES:
-            delattr(self, name)
+            self.__dict__.pop(name, None)
         self.__class__ = self.dense_class  # type: ignore[assignment]
 
     # --- Settings
 
     @property
     def sparsity(self) -> float:
-        return self._sparsity
+        return self._weights.budget.sparsity
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        value = check_sparsity("sparsity", value)
-        if value != self._sparsity:
-            self._sparsity = value
+        self.set_budget(Budget.of(check_sparsity("sparsity", value)), anew=True)
+
+    def set_budget(self, budget: Budget, *, anew: bool = False) -> None:
+        """Keep another share of the weights, and of the activations if they follow.
+
+        Args:
+            budget: the share.
+            anew: select anew at the next training forward; else when that is due, or where a threshold no longer fits.
+
+        Raises:
+            ValueError: the layer holds a pattern, whose number of weights is fixed.
+        """
+        if budget == self._weights.budget:
+            return
+        if isinstance(self._weights, Held):
+            raise ValueError(f"sparsity: method {self.method!r} keeps a fixed number of weights")
+        self._weights.budget = budget
+        if anew:
             self._weights.forget()
-            if self._activation_sparsity is None:
+        if self._follows:
+            self._activations.budget = budget
+            if anew:
                 self._activations.forget()
         self._settle()
 
     @property
+    def budget(self) -> Budget:
+        """The share of the weights to keep, exactly."""
+        return self._weights.budget
+
+    @property
+    def activation_budget(self) -> Budget:
+        """The share of the saved input to keep, exactly."""
+        return self._activations.budget
+
+    @property
     def activation_sparsity(self) -> float:
-        return self._sparsity if self._activation_sparsity is None else self._activation_sparsity
+        return self._activations.budget.sparsity
 
     @activation_sparsity.setter
     def activation_sparsity(self, value: float | None) -> None:
-        before = self.activation_sparsity
-        self._activation_sparsity = None if value is None else check_sparsity("activation_sparsity", value)
-        if self.activation_sparsity != before:
+        self._follows = value is None
+        budget = self.budget if value is None else Budget.of(check_sparsity("activation_sparsity", value))
+        if budget != self._activations.budget:
+            self._activations.budget = budget
             self._activations.forget()
         self._settle()
 
     @property
     def topk_period(self) -> int:
-        return self._topk_period
+        return self._activations.period
 
     @topk_period.setter
     def topk_period(self, value: int) -> None:
-        self._topk_period = check_period("topk_period", value)
+        self._activations.period = check_period("topk_period", value)
+
+    @property
+    def weight_topk_period(self) -> int:
+        return self._weight_topk_period
+
+    @weight_topk_period.setter
+    def weight_topk_period(self, value: int) -> None:
+        self._weight_topk_period = check_period("weight_topk_period", value)
+        if isinstance(self._weights, Largest):
+            self._weights.period = value
+
+    def let_budgets_move(self) -> None:
+        """Announce that budgets will change at each step: compiled graphs then have room for any."""
+        if isinstance(self._weights, Largest):
+            self._weights.moves = True
+            self._activations.moves = self._follows
 
     @property
     def backend(self) -> Backend:
@@ -155,7 +230,7 @@ class SWATLayer(nn.Module):
 
     @backend.setter
     def backend(self, value: Backend) -> None:
-        check_backend(value)
+        check_name("backend", value)
         self._backend = value
         self._settle()
 
@@ -166,13 +241,11 @@ class SWATLayer(nn.Module):
 
     def _settle(self) -> None:
         """Derive from the settings what forward needs."""
-        self._budget = Budget.of(self._sparsity)
-        self._activation_budget = Budget.of(self.activation_sparsity)
         self._choice = choose_backend(
             self._backend,
             self.weight.shape,
             getattr(self, "groups", 1),
-            self._sparsity,
+            self.sparsity,
             self.activation_sparsity,
             self.weight.device.type,
         )
@@ -181,6 +254,8 @@ class SWATLayer(nn.Module):
 
     @property
     def weight_threshold(self) -> Tensor:
+        if isinstance(self._weights, Held):
+            return self.weight.new_full((), torch.nan)
         return self._weights.threshold
 
     @property
@@ -192,9 +267,13 @@ class SWATLayer(nn.Module):
         """Optimizer steps made on this layer's weight."""
         return self._weights.steps
 
-    def advance(self) -> None:
-        """Count an optimizer step; called by the hook on all optimizers."""
-        self._weights.advance()
+    def advance(self, optimizer: Optimizer) -> None:
+        """Count a step that ``optimizer`` has made on the weight; called by the hook on all optimizers."""
+        method = method_of(self.method)
+        if self.driver is None and (self.distribution == "momentum" or (method is not None and method.moves)):
+            what = "distribution 'momentum'" if method is None else f"method {self.method!r}"
+            raise RuntimeError(f"{what} needs a swat_ext.SWATScheduler(model, optimizer), made before training")
+        self._weights.stepped(self.weight, optimizer)
         self._activations.advance()
 
     @property
@@ -213,11 +292,11 @@ class SWATLayer(nn.Module):
 
     def _select_weight(self) -> Packed:
         """``top(weight)`` as this mode takes it: with the running threshold in training, exactly in evaluation."""
-        weight = self.weight.detach()
-        keep = self._budget.count(weight.numel())
-        if self.training:
-            return self._weights.select(weight, keep, self._topk_period)
-        return self._weights.select_exactly(weight, keep)
+        return self._weights.pack(self.weight.detach(), self.training)
+
+    def kept_weight(self) -> Packed:
+        """What the last selection keeps of the weight as it is now; nothing is selected anew."""
+        return self._weights.as_it_is(self.weight.detach())
 
     @property
     def packed_form(self) -> Hashable:
@@ -233,15 +312,15 @@ class SWATLayer(nn.Module):
         """
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return None
-        keep = self._activation_budget.count(input.numel())
 
         def pack() -> Packed:
             if self.training:
-                return self._activations.select(input, keep, self._topk_period)
-            return select_exactly(input, keep)[0]
+                return self._activations.select(input)
+            return select_exactly(input, self._activations.budget.count(input.numel()))[0]
 
         if torch.compiler.is_compiling():
             return pack()
+        keep = self._activations.budget.count(input.numel())
         packed = shared(source, (self.packed_form, input.dtype, keep, self.training), pack)
         self._activations.note(packed, input)
         return packed
@@ -269,22 +348,33 @@ class SWATLayer(nn.Module):
         """
         return {
             "shape": list(self.weight.shape),
-            "sparsity": self._sparsity,
-            "activation_sparsity": self._activation_sparsity,
-            "topk_period": self._topk_period,
+            "budget": list(self.budget),
+            "activation_budget": None if self._follows else list(self._activations.budget),
+            "topk_period": self.topk_period,
+            "weight_topk_period": self.weight_topk_period,
+            "topology": self.topology_name,
             "backend": self._backend,
-            "weight": self._weights.state(),
-            "activation": self._activations.state(),
+            "weight": self._weights.get_state(),
+            "activation": self._activations.get_state(),
         }
+
+    @property
+    def topology_name(self) -> str:
+        """Method, granularity and distribution in a few words: those of a state must be those of the layer."""
+        method = method_of(self.method)
+        block = f" {self.block_size[0]}x{self.block_size[1]}" if self.granularity == "block" else ""
+        return f"{'swat' if method is None else method.name}, {self.granularity}{block}, {self.distribution}"
 
     def load_selection_state(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`selection_state`; the next forward selects as the layer that it came from would."""
-        self.sparsity = state["sparsity"]
-        self.activation_sparsity = state["activation_sparsity"]
+        self._weights.budget = Budget(*state["budget"])
+        self._follows = state["activation_budget"] is None
+        self._activations.budget = self.budget if self._follows else Budget(*state["activation_budget"])
         self.topk_period = state["topk_period"]
-        self.backend = state["backend"]
+        self.weight_topk_period = state["weight_topk_period"]
         self._weights.load(state["weight"])
         self._activations.load(state["activation"])
+        self.backend = state["backend"]
 
     # --- torch.nn.Module
 
@@ -305,10 +395,16 @@ class SWATLayer(nn.Module):
             super()._load_from_state_dict(*args)
         finally:
             del self._loading
+        if isinstance(self._weights, Held) and not self.weight.is_meta:
+            self._weights.adopt(self.weight)
 
     def __prepare_scriptable__(self) -> Self:
         refuse_scripting()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not the one that the scheduler drives.
+        return {name: value for name, value in self.__dict__.items() if name != "driver"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -322,33 +418,59 @@ class SWATLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        own = f"sparsity={self._sparsity:g}"
-        if self._activation_sparsity is not None:
-            own += f", activation_sparsity={self._activation_sparsity:g}"
+        own = f"sparsity={self.sparsity:g}"
+        if not self._follows:
+            own += f", activation_sparsity={self.activation_sparsity:g}"
+        if self.granularity != "unstructured":
+            own += f", granularity={self.granularity!r}"
+        if self.method != "swat":
+            own += f", method={self.method!r}"
         return f"{super().extra_repr()}, {own}"
 
 
-def _check_settings(sparsity: float, activation_sparsity: float | None, topk_period: int, backend: Backend) -> None:
+def check_options(sparsity: float, options: LayerOptions) -> Budget:
+    """The budget of ``sparsity``; TypeError or ValueError where it or an option is unknown or out of its range."""
+    if unknown := options.keys() - LayerOptions.__annotations__.keys():
+        raise TypeError(f"{min(unknown)}: expected one of {', '.join(LayerOptions.__annotations__)}")
+    full: LayerOptions = {**_DEFAULTS, **options}
     check_sparsity("sparsity", sparsity)
-    if activation_sparsity is not None:
-        check_sparsity("activation_sparsity", activation_sparsity)
-    check_period("topk_period", topk_period)
-    check_backend(backend)
+    if full["activation_sparsity"] is not None:
+        check_sparsity("activation_sparsity", full["activation_sparsity"])
+    check_method(full["method"])
+    check_name("granularity", full["granularity"])
+    check_block_size(full["block_size"])
+    check_period("topk_period", full["topk_period"])
+    check_period("weight_topk_period", full["weight_topk_period"])
+    check_name("backend", full["backend"])
+    return Budget.of(sparsity)
 
 
 def _zeros(kept: tuple[int, int] | None) -> float | None:
     return None if kept is None or not kept[1] else 1 - kept[0] / kept[1]
 
 
-# What _set_up gives an instance.
+_DEFAULTS: LayerOptions = {
+    "activation_sparsity": None,
+    "method": "swat",
+    "granularity": "unstructured",
+    "block_size": (8, 1),
+    "topk_period": 10,
+    "weight_topk_period": 1,
+    "backend": "auto",
+}
+
+# What _set_up and sparsify_ give an instance.
 _OWN_ATTRIBUTES = (
-    "_sparsity",
-    "_activation_sparsity",
-    "_topk_period",
+    "_follows",
     "_backend",
     "_weights",
     "_activations",
-    "_budget",
-    "_activation_budget",
+    "_number",
     "_choice",
+    "_weight_topk_period",
+    "method",
+    "granularity",
+    "block_size",
+    "distribution",
+    "driver",
 )

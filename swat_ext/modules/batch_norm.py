@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swat_ext.config import check_batchnorm
+from swat_ext.config import check_name
 from swat_ext.modules.lean import LeanLayer
 from swat_ext.ops.around import batch_norm, has_kernels, normalises_with
 
@@ -39,7 +39,7 @@ class SWATBatchNorm2d(LeanLayer, nn.BatchNorm2d):
     _saved: str = "exact"
 
     def __init__(self, *args: Any, saved: str = "exact", **keywords: Any) -> None:
-        check_batchnorm("saved", saved)
+        check_name("batchnorm", saved, "saved")
         super().__init__(*args, **keywords)
         self._saved = saved
 
@@ -50,7 +50,7 @@ class SWATBatchNorm2d(LeanLayer, nn.BatchNorm2d):
 
     @saved.setter
     def saved(self, value: str) -> None:
-        check_batchnorm("saved", value)
+        check_name("batchnorm", value, "saved")
         self._saved = value
 
     def forward(self, input: Tensor) -> Tensor:

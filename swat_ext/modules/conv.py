@@ -1,14 +1,13 @@
 """A sparse :class:`torch.nn.Conv2d`."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from swat_ext.config import Backend
 from swat_ext.functional import conv2d_packed
-from swat_ext.modules.base import SWATLayer
+from swat_ext.modules.base import LayerOptions, SWATLayer, check_options
 from swat_ext.ops.autocast import autocast_input
 
 __all__ = ["SWATConv2d", "pad_by_index"]
@@ -23,7 +22,8 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in :class:`torch.nn.Conv2d`; dtype float32 or float64.
-        sparsity, activation_sparsity, topk_period, backend: as in :class:`swat_ext.SWATConfig`.
+        sparsity, options: ``sparsity``, ``activation_sparsity``, ``method``, ``granularity``, ``block_size``,
+            ``topk_period``, ``weight_topk_period`` and ``backend`` as in :class:`swat_ext.SWATConfig`.
 
     Shape:
         ``[N, C, H, W]`` -> ``[N, O, H', W']``, or ``[C, H, W]`` -> ``[O, H', W']``.
@@ -52,9 +52,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         sparsity: float,
-        activation_sparsity: float | None = None,
-        topk_period: int = 10,
-        backend: Backend = "auto",
+        **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__(
             in_channels,
@@ -69,9 +67,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
             device,
             dtype,
         )
-        self._set_up(
-            sparsity=sparsity, activation_sparsity=activation_sparsity, topk_period=topk_period, backend=backend
-        )
+        self._set_up(check_options(sparsity, options), **options)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)

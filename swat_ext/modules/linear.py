@@ -1,14 +1,13 @@
 """A sparse :class:`torch.nn.Linear`."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from swat_ext.config import Backend
 from swat_ext.functional import linear_input_view, linear_packed
-from swat_ext.modules.base import SWATLayer
+from swat_ext.modules.base import LayerOptions, SWATLayer, check_options
 from swat_ext.ops.autocast import autocast_input
 
 __all__ = ["SWATLinear"]
@@ -19,7 +18,8 @@ class SWATLinear(SWATLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`; dtype float32 or float64.
-        sparsity, activation_sparsity, topk_period, backend: as in :class:`swat_ext.SWATConfig`.
+        sparsity, options: ``sparsity``, ``activation_sparsity``, ``method``, ``granularity``, ``block_size``,
+            ``topk_period``, ``weight_topk_period`` and ``backend`` as in :class:`swat_ext.SWATConfig`.
 
     Shape:
         ``[..., in_features]`` -> ``[..., out_features]``.
@@ -40,14 +40,10 @@ class SWATLinear(SWATLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         sparsity: float,
-        activation_sparsity: float | None = None,
-        topk_period: int = 10,
-        backend: Backend = "auto",
+        **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_up(
-            sparsity=sparsity, activation_sparsity=activation_sparsity, topk_period=topk_period, backend=backend
-        )
+        self._set_up(check_options(sparsity, options), **options)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)

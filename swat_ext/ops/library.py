@@ -18,7 +18,6 @@ __all__ = ["mask_words", "most_kept"]
 
 _BITS_PER_WORD = 64
 _BITS_PER_BLOCK = 1024
-_SLACK = 64
 
 
 def mask_words(numel: int) -> int:
@@ -27,8 +26,12 @@ def mask_words(numel: int) -> int:
 
 
 def most_kept(keep: int, numel: int) -> int:
-    """Most elements of ``numel`` that pass for a budget of ``keep``: a quarter more, or 64 more where that is wider."""
-    return torch.sym_min(torch.sym_max(keep + keep // 4, keep + _SLACK), numel)
+    """Most elements of ``numel`` that pass for a budget of ``keep``.
+
+    A quarter more; or a 64th of all, at most 64, where that is more.
+    """
+    slack = torch.sym_min(-(-numel // 64), 64)
+    return torch.sym_min(torch.sym_max(keep + keep // 4, keep + slack), numel)
 
 
 def _check_devices(tensor: Tensor, **others: Tensor | None) -> None:
@@ -47,17 +50,16 @@ def _(input: Tensor, k: int) -> Tensor:
 
 @torch.library.register_fake("swat_ext::compress")
 def _compress(
-    input: Tensor, threshold: Tensor, *, keep: int | None = None, padded: bool = False
+    input: Tensor, threshold: Tensor, *, keep: int | None = None, room: int | None = None
 ) -> tuple[Tensor, Tensor]:
     _check_devices(input, threshold=threshold)
-    padding = padded and keep is not None
-    length = most_kept(keep, input.numel()) if padding else torch.library.get_ctx().new_dynamic_size()  # type: ignore[arg-type]
+    length = torch.library.get_ctx().new_dynamic_size() if room is None else room
     return input.new_empty([length]), input.new_empty([mask_words(input.numel())], dtype=torch.int64)
 
 
 @torch.library.register_fake("swat_ext::select")
-def _(input: Tensor, threshold: Tensor, clock: Tensor, keep: int, period: int, padded: bool) -> tuple[Tensor, Tensor]:
-    return _compress(input, threshold, keep=keep, padded=padded)
+def _(input: Tensor, threshold: Tensor, state: Tensor, room: int | None) -> tuple[Tensor, Tensor]:
+    return _compress(input, threshold, room=room)
 
 
 @torch.library.register_fake("swat_ext::take")

@@ -1,11 +1,11 @@
-"""A tensor with most elements dropped."""
+"""Which elements of a tensor are kept, and a tensor of those alone."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "Pattern", "pack"]
 
 
 class Packed(NamedTuple):
@@ -25,3 +25,39 @@ class Packed(NamedTuple):
     def nbytes(self) -> int:
         """Bytes held by ``values`` and ``mask``."""
         return self.values.nbytes + self.mask.nbytes
+
+    @property
+    def pattern(self) -> "Pattern":
+        """Which elements these are."""
+        return Pattern(self.mask, self.size, self.values.shape[0])
+
+
+class Pattern(NamedTuple):
+    """Which elements of a tensor are kept.
+
+    Attributes:
+        mask: as that of :class:`Packed`.
+        size: shape of the tensor.
+        kept: elements kept, or more where their number is not known without waiting for a device.
+    """
+
+    mask: Tensor
+    size: torch.Size
+    kept: int
+
+    @classmethod
+    def of(cls, kept: Tensor) -> "Pattern":
+        """The pattern of a bool tensor: True is kept."""
+        values, mask = torch.ops.swat_ext.compress(kept.float(), torch.tensor(0.5, device=kept.device))
+        return cls(mask, kept.shape, values.shape[0])
+
+    def dense(self) -> Tensor:
+        """Bool, of :attr:`size`."""
+        ones = torch.ones(self.kept, device=self.mask.device)
+        return torch.ops.swat_ext.decompress(ones, self.mask, self.size, False) != 0
+
+
+def pack(tensor: Tensor, pattern: Pattern) -> Packed:
+    """The elements of ``tensor`` that ``pattern`` keeps, zeros too, packed without gradient."""
+    values = torch.ops.swat_ext.take(tensor.detach(), pattern.mask, pattern.kept)
+    return Packed(values, pattern.mask, pattern.size)

@@ -5,52 +5,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swat_ext.ops.library import most_kept
 from swat_ext.ops.packed import Packed
+from swat_ext.topology.budget import Budget
 
 __all__ = ["Selection", "select_exactly"]
 
 _NEVER = -1
+_STEPS, _SELECTED, _PERIOD = 0, 1, 2
+_BUDGET = slice(3, 5)
 
 
 class Selection:
     """The largest elements of a tensor that changes, by a threshold that is selected anew every so many steps.
 
     In between, the threshold meets the current values (spec: "Selection"). Whatever those are, each call keeps between
-    0.8 and 1.25 times its budget, or up to 64 elements less or more where that is wider. Where the threshold would not,
-    the call selects for itself and leaves the threshold as it is: a checkpoint may yet repeat an earlier call with it.
+    0.8 and 1.25 times its budget; of small tensors up to a 64th of the elements more or less, at most 64. Where the
+    threshold would not, the call selects for itself and leaves the threshold as it is: a checkpoint may yet repeat an
+    earlier call with it.
 
     Attributes:
         threshold: 0-dim, on the device and in the dtype of the layer's weight.
-        clock: int64 ``[2]`` on the CPU, a tensor so that a compiled graph reads it anew at each call: optimizer steps
-            made, and the step of the last selection, -1 before the first.
+        state: int64 ``[5]`` on the CPU, a tensor so that a compiled graph reads it anew at each call: optimizer steps
+            made, the step of the last selection (-1 before the first), the period, and the budget as a fraction.
+        moves: whether the budget changes while training. A compiled graph, whose sizes must not follow, then has room
+            for all elements.
         kept: elements kept and elements in all at the last call; None before it and where to know would wait.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, budget: Budget, period: int) -> None:
         self.threshold = torch.zeros((), dtype=like.dtype, device=like.device)
         # Explicitly on the CPU: under torch.device("meta") a default would have no values.
-        self.clock = torch.tensor([0, _NEVER], dtype=torch.int64, device="cpu")
+        self.state = torch.tensor([0, _NEVER, period, *budget], dtype=torch.int64, device="cpu")
+        self.moves = False
         self.kept: tuple[int, int] | None = None
+        self._budget, self._period = budget, period
         self._exact: Tensor | None = None  # the threshold of the last exact selection
+
+    @property
+    def budget(self) -> Budget:
+        """The share of elements to keep."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: Budget) -> None:
+        if value != self._budget:
+            self._budget = value
+            self.state[_BUDGET] = torch.tensor(value)
+
+    @property
+    def period(self) -> int:
+        """Optimizer steps from one selection of the threshold to the next."""
+        return self._period
+
+    @period.setter
+    def period(self, value: int) -> None:
+        if value != self._period:
+            self._period = value
+            self.state[_PERIOD] = value
 
     @property
     def steps(self) -> int:
         """Optimizer steps counted."""
-        return int(self.clock[0])
+        return int(self.state[_STEPS])
 
     @property
     def age(self) -> int | None:
         """Optimizer steps since the last selection; None before the first."""
-        steps, selected = self.clock.tolist()
+        steps, selected = self.state[:_PERIOD].tolist()
         return None if selected == _NEVER else steps - selected
 
     def advance(self) -> None:
         """Count an optimizer step."""
-        self.clock[0] += 1
+        self.state[_STEPS] += 1
 
     def forget(self) -> None:
         """Select anew at the next call."""
-        self.clock[1] = _NEVER
+        self.state[_SELECTED] = _NEVER
 
     def move(self, like: Tensor) -> None:
         """Follow the weight to its device and dtype."""
@@ -59,25 +90,21 @@ class Selection:
             self.forget()
         self.threshold = self.threshold.to(like.device, like.dtype)
 
-    def select(self, tensor: Tensor, keep: int, period: int) -> Packed:
-        """About the ``keep`` largest elements of ``tensor``, packed; see the class.
-
-        Args:
-            tensor: any shape and strides.
-            keep: the budget, at least 1 unless ``tensor`` is empty.
-            period: optimizer steps from one selection of the threshold to the next.
-        """
-        values, mask = torch.ops.swat_ext.select(tensor, self.threshold, self.clock, keep, period, _is_padded(tensor))
+    def select(self, tensor: Tensor) -> Packed:
+        """About the largest elements of ``tensor`` (any shape and strides), packed; see the class."""
+        room = self.room(tensor.numel()) if _is_padded(tensor) else None
+        values, mask = torch.ops.swat_ext.select(tensor, self.threshold, self.state, room)
         packed = Packed(values, mask, tensor.shape)
         self.note(packed, tensor)
         return packed
 
-    def select_exactly(self, tensor: Tensor, keep: int) -> Packed:
-        """The ``keep`` largest elements, ties at the threshold all kept, whatever was selected before.
+    def select_exactly(self, tensor: Tensor) -> Packed:
+        """The largest elements of ``tensor``, ties at the threshold all kept, whatever was selected before.
 
-        On the CPU the threshold of the last exact selection is tried first. It fits if exactly ``keep`` elements reach
-        it: those are then the largest. On CUDA the host would have to wait for their number.
+        On the CPU the threshold of the last exact selection is tried first. It fits if exactly as many elements as are
+        to be kept reach it: those are then the largest. On CUDA the host would have to wait for their number.
         """
+        keep = self._budget.count(tensor.numel())
         if self._exact is not None and not _is_padded(tensor) and self._exact.dtype == tensor.dtype:
             values, mask = torch.ops.swat_ext.compress(tensor, self._exact)
             if values.numel() == keep:
@@ -87,20 +114,34 @@ class Selection:
             self._exact = threshold
         return packed
 
+    def repeat(self, tensor: Tensor) -> Packed:
+        """What the threshold as it stands selects of ``tensor``, whether a selection is due or not."""
+        keep = self._budget.count(tensor.numel())
+        room = most_kept(keep, tensor.numel()) if _is_padded(tensor) else None
+        threshold = self.threshold.to(tensor.dtype)
+        values, mask = torch.ops.swat_ext.compress(tensor, threshold, keep=keep, room=room)
+        return Packed(values, mask, tensor.shape)
+
+    def room(self, numel: int) -> int:
+        """Length of the packed values of a tensor, where it is to follow from sizes alone."""
+        if self.moves and torch.compiler.is_compiling():
+            return numel
+        return most_kept(self._budget.count(numel), numel)
+
     def note(self, packed: Packed, tensor: Tensor) -> None:
         """Remember how much of ``tensor`` is kept."""
         if not torch.compiler.is_compiling():
             self.kept = None if _is_padded(tensor) else (packed.values.numel(), tensor.numel())
 
-    def state(self) -> dict[str, Any]:
-        """What decides the next selections, in tensors and numbers alone."""
-        steps, selected = self.clock.tolist()
+    def get_state(self) -> dict[str, Any]:
+        """What decides the next selections beside budget and period, in tensors and numbers alone."""
+        steps, selected = self.state[:_PERIOD].tolist()
         return {"threshold": self.threshold.clone(), "steps": steps, "selected": selected}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state`."""
+        """Take over what :meth:`get_state` gave."""
         self.threshold.copy_(state["threshold"])
-        self.clock.copy_(torch.tensor([state["steps"], state["selected"]]))
+        self.state[:_PERIOD] = torch.tensor([state["steps"], state["selected"]])
 
 
 def select_exactly(tensor: Tensor, keep: int) -> tuple[Packed, Tensor]:
@@ -113,8 +154,9 @@ def select_exactly(tensor: Tensor, keep: int) -> tuple[Packed, Tensor]:
         values, mask = torch.ops.swat_ext.compress(tensor, nothing)
         return Packed(values, mask, tensor.shape), nothing
     threshold = torch.ops.swat_ext.kth_magnitude(tensor, keep)
-    budget: dict[str, Any] = {"keep": keep, "padded": True} if _is_padded(tensor) else {}
-    values, mask = torch.ops.swat_ext.compress(tensor, threshold, **budget)
+    padded = _is_padded(tensor)
+    bounds: dict[str, Any] = {"keep": keep, "room": most_kept(keep, tensor.numel())} if padded else {}
+    values, mask = torch.ops.swat_ext.compress(tensor, threshold, **bounds)
     return Packed(values, mask, tensor.shape), threshold
 
 

@@ -26,7 +26,10 @@ _counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def follow(module: nn.Module) -> None:
-    """Call ``module.advance()`` after each optimizer step on its weight, from now on; it is held weakly."""
+    """Call ``module.advance(optimizer)`` after each optimizer step on its weight, from now on; it is held weakly.
+
+    After that, where some modules have a ``driver``, ``driver.drive(modules, optimizer)``.
+    """
     with _lock:
         if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_before))
@@ -52,11 +55,20 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with _lock:
         began = _began.pop(optimizer, _now)
         _now += 1
-        for module in _followers:
-            # What an inner optimizer stepped within this step is counted already.
-            if _counted.get(module, 0) <= began and any(id(weight) in stepped for weight in _weights(module)):
-                _counted[module] = _now
-                module.advance()
+        # What an inner optimizer stepped within this step is counted already.
+        moved = [
+            module
+            for module in _followers
+            if _counted.get(module, 0) <= began and any(id(weight) in stepped for weight in _weights(module))
+        ]
+        _counted.update(dict.fromkeys(moved, _now))
+    driven: dict[Any, list[Any]] = {}
+    for module in moved:
+        module.advance(optimizer)
+        if module.driver is not None:
+            driven.setdefault(module.driver, []).append(module)
+    for driver, modules in driven.items():
+        driver.drive(modules, optimizer)
 
 
 def _weights(module: Any) -> list[Tensor]:

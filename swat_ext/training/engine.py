@@ -127,11 +127,24 @@ class Trainer:
         self.memory_format, self.workers, self.progress, self.on_step = memory_format, workers, progress, on_step
         self.steps_per_epoch = data.train_steps(recipe.batch_size)
         self.optimizer = build_optimizer(model, recipe)
-        self.sparse_layers = [module for module in model.modules() if isinstance(module, SWATLayer)]
-        self.swat = SWATScheduler(model, self.optimizer) if self.sparse_layers else None
+        self.swat = self._scheduler()
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         #: One dict for each finished epoch, as in the log.
         self.history: list[dict[str, Any]] = []
+
+    def _scheduler(self) -> SWATScheduler | None:
+        layers = [module for module in self.model.modules() if isinstance(module, SWATLayer)]
+        for layer in layers:
+            layer.topk_period = self.recipe.topk_period
+        if not layers:
+            return None
+        return SWATScheduler(
+            self.model,
+            self.optimizer,
+            total_steps=self.recipe.epochs * self.steps_per_epoch,
+            ramp=self.recipe.ramp,
+            topk_warmup=self.recipe.topk_warmup_epochs * self.steps_per_epoch,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, between two epochs."""
@@ -197,8 +210,6 @@ class Trainer:
         write_log(self.out / LOG, [{"config": self.settings}, *self.history])
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
-        for layer in self.sparse_layers:
-            layer.topk_period = 1 if epoch < self.recipe.topk_warmup_epochs else self.recipe.topk_period
         losses, lr, correct, seen = 0.0, 0.0, 0, 0
         times: list[float] = []
         batches = self.data.train_batches(self.recipe.batch_size, seed=self.seed, epoch=epoch, workers=self.workers)

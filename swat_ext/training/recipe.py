@@ -27,8 +27,9 @@ class Recipe:
         decay: factor of a milestone.
         warmup_epochs: the learning rate rises linearly from 0 over these, step by step.
         label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`; the test loss is without.
-        topk_period: optimizer steps from one selection of the kept elements to the next.
+        topk_period: optimizer steps from one selection of the kept activations to the next.
         topk_warmup_epochs: first epochs that select at every step.
+        ramp: share of the run over which sparsity rises from 0; see :class:`swat_ext.SWATScheduler`.
 
     Raises:
         ValueError: a setting out of its range.
@@ -47,6 +48,7 @@ class Recipe:
     label_smoothing: float = 0.0
     topk_period: int = 10
     topk_warmup_epochs: int = 0
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "topk_period"):
@@ -58,6 +60,8 @@ class Recipe:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp: expected a number in [0, 1], got {self.ramp}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
         if self.nesterov and self.momentum == 0:
