@@ -158,12 +158,12 @@ def test_erk_stays_while_training_and_needs_no_scheduler() -> None:
 def test_a_state_of_another_distribution_is_refused() -> None:
     model, other = sparse_network(distribution="erk"), sparse_network(skip=())
     state = SWATScheduler(model, sgd(model)).state_dict()
-    with pytest.raises(ValueError, match="topology: expected 'swat, unstructured, uniform', got 'swat, .*, erk'"):
+    with pytest.raises(ValueError, match=r"topology: expected 'swat, unstructured, uniform', got 'swat, .*, erk'"):
         SWATScheduler(other, sgd(other)).load_state_dict(state)
 
 
 def test_an_unknown_distribution_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^distribution: expected one of 'uniform', 'erk', 'momentum', got 'ERK'"):
         SWATConfig(0.9, distribution="ERK")
-    with pytest.raises(ValueError, match="^distribution: expected 'uniform' or 'erk' for method 'rigl'"):
+    with pytest.raises(ValueError, match=r"^distribution: expected 'uniform' or 'erk' for method 'rigl'"):
         SWATConfig(0.9, distribution="momentum", method="rigl")

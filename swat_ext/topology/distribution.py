@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from swat_ext.ops.packed import Packed
+from swat_ext.ops.packed import Packed, take
 
 __all__ = ["by_momentum", "cubic", "erk", "momentum_of"]
 
@@ -81,7 +81,7 @@ def momentum_of(weight: Tensor, optimizer: Optimizer, kept: Packed) -> Tensor:
     state = optimizer.state.get(weight, {})
 
     def kept_of(name: str) -> Tensor:
-        return torch.ops.swat_ext.take(state[name], kept.mask, kept.values.shape[0])
+        return take(state[name], kept.mask, kept.values.shape[0])
 
     if isinstance(state.get("momentum_buffer"), Tensor):
         momentum = kept_of("momentum_buffer")
