@@ -62,7 +62,7 @@ def check_name(kind: str, value: object, name: str | None = None) -> None:
 
 def check_method(value: object) -> None:
     """Raise unless ``value`` is a name of :data:`swat_ext.topology.METHODS` or a :class:`swat_ext.topology.Method`."""
-    if not isinstance(value, Method) and value not in METHODS:
+    if not isinstance(value, Method) and (not isinstance(value, str) or value not in METHODS):
         known = ", ".join(map(repr, METHODS))
         raise ValueError(f"method: expected one of {known} or a swat_ext.topology.Method, got {value!r}")
 
