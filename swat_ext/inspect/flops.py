@@ -85,7 +85,7 @@ def weight_bytes(layer: SWATLayer) -> int:
     numel = layer.weight.numel()
     if retakes(layer.weight):
         return 8 * mask_words(numel)
-    return packed_bytes(numel, layer.budget.count(numel), layer.weight.element_size())
+    return packed_bytes(numel, layer.kept_weights, layer.weight.element_size())
 
 
 def describe(layer: nn.Module) -> str:

@@ -358,7 +358,7 @@ def _row(layer: Surveyed, calls: list[Call] | None) -> LayerReport:
         kind=describe(module),
         sparse=sparse is not None,
         weights=weights,
-        kept_weights=weights if sparse is None else sparse.budget.count(weights),
+        kept_weights=weights if sparse is None else sparse.kept_weights,
         sparsity=sparsity,
         activation_sparsity=activation_sparsity,
         realised_sparsity=(None, None) if sparse is None else sparse.realised_sparsity,

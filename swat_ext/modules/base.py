@@ -183,6 +183,11 @@ class SWATLayer(nn.Module):
         return self._weights.budget
 
     @property
+    def kept_weights(self) -> int:
+        """Elements of the weight that the budget keeps: whole blocks, where there are such."""
+        return self._weights.kept_of(self.weight)
+
+    @property
     def activation_budget(self) -> Budget:
         """The share of the saved input to keep, exactly."""
         return self._activations.budget

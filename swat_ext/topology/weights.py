@@ -3,6 +3,7 @@
 Both kinds answer the same calls, so that a layer need not know which it has.
 """
 
+import math
 import zlib
 from typing import Any
 
@@ -40,6 +41,13 @@ class Largest(Selection):
         if training:
             self.note(packed, weight)
         return packed
+
+    def kept_of(self, weight: Tensor) -> int:
+        """Elements of ``weight`` that the budget keeps; of smaller blocks at the ends it may be fewer."""
+        if self.block is None:
+            return self._budget.count(weight.numel())
+        blocks = math.prod(-(-extent // side) for extent, side in zip(weight.shape, self.block, strict=True))
+        return min(self._budget.count(blocks) * math.prod(self.block), weight.numel())
 
     def as_it_is(self, weight: Tensor) -> Packed:
         """What the last selection's threshold keeps of ``weight`` now; nothing is selected anew."""
@@ -98,6 +106,10 @@ class Held:
     def pack(self, weight: Tensor, training: bool) -> Packed:
         """The kept weights."""
         return pack(weight, self.pattern)
+
+    def kept_of(self, weight: Tensor) -> int:
+        """Elements of ``weight`` that are kept."""
+        return self.pattern.kept
 
     def as_it_is(self, weight: Tensor) -> Packed:
         return pack(weight, self.pattern)
