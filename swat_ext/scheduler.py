@@ -1,9 +1,9 @@
-"""What moves while a sparse network trains, and what a run needs beside model and optimizer to go on where it stopped."""
+"""What moves while a sparse network trains, and what a run needs to go on exactly where it stopped."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from swat_ext.modules import SWATLayer
@@ -125,9 +125,7 @@ class SWATScheduler:
         if not 0 < sum(means) < float("inf"):
             return
         numels = [layers[name].weight.numel() for name in firsts]
-        keep = sum(
-            self._ramped(name, layers[name]).count(numel) for name, numel in zip(firsts, numels, strict=True)
-        )
+        keep = sum(self._ramped(name, layers[name]).count(numel) for name, numel in zip(firsts, numels, strict=True))
         counts = by_momentum(means, numels, keep)
         for names, count, numel in zip(owners.values(), counts, numels, strict=True):
             for name in names:

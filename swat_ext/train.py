@@ -119,13 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument(
         "--block-size", type=int, nargs=2, metavar=("O", "I"), help="channels of a block (default: 8 1)"
     )
-    sparse.add_argument("--ramp", type=float, metavar="X", help="share of the run over which sparsity rises (default: 0)")
+    sparse.add_argument(
+        "--ramp", type=float, metavar="X", help="share of the run over which sparsity rises (default: 0)"
+    )
     sparse.add_argument(
         "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
     )
     sparse.add_argument("--batchnorm", choices=BATCHNORMS, help="what BatchNorm keeps for backward (default: exact)")
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
-    sparse.add_argument("--topk-period", type=int, metavar="N", help="steps from one selection of activations to the next")
+    sparse.add_argument(
+        "--topk-period", type=int, metavar="N", help="steps from one selection of activations to the next"
+    )
     sparse.add_argument("--weight-topk-period", type=int, metavar="N", help="the same of weights (default: 1)")
     sparse.add_argument("--topk-warmup-epochs", type=int, metavar="N", help="first epochs that select at every step")
 

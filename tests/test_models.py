@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from swat_ext import SWATConfig, sparsify_
-from swat_ext.models import MODELS, STEMS, WideResNet, build_model, densenet121, resnet18, resnet50, vgg16, wrn16_8, wrn50_2
+from swat_ext.models import (
+    MODELS,
+    STEMS,
+    WideResNet,
+    build_model,
+    densenet121,
+    resnet18,
+    resnet50,
+    vgg16,
+    wrn16_8,
+    wrn50_2,
+)
 
 
 def _parameters(model: nn.Module) -> int:
