@@ -49,6 +49,8 @@ _DEFAULTS: dict[str, Any] = {
     "threads": None,
     "workers": 0,
 }
+# What versions without a setting did, for their checkpoints, where the default is another.
+_EARLIER: dict[str, Any] = {"batchnorm_batches": 0}
 _SPARSITY = 0.9
 _SPARSE = ("method", "distribution", "granularity", "block_size", "weight_topk_period", "skip", "batchnorm")
 _SPARSE_ONLY = ("sparsity", "activation_sparsity", *_SPARSE, "topk_period", "topk_warmup_epochs", "ramp")
@@ -145,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--decay", type=float, metavar="X", help="factor at a milestone")
     recipe.add_argument("--warmup-epochs", type=float, metavar="N", help="over which the learning rate rises")
     recipe.add_argument("--label-smoothing", type=float, metavar="X")
+    recipe.add_argument(
+        "--batchnorm-batches",
+        type=int,
+        metavar="N",
+        help="training batches from which BatchNorm's statistics are estimated anew before each evaluation; 0: none",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 0)")
@@ -185,7 +193,7 @@ def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any], done: int) 
     """The settings of a checkpoint after ``done`` epochs; what was asked for must agree with them, but for the length
     of the run and what changes no result."""
     # A checkpoint of an earlier version does not have every setting.
-    settings = {**_DEFAULTS, **stored}
+    settings = {**_DEFAULTS, **_EARLIER, **stored}
     for name, value in asked.items():
         if name in _FREE:
             settings[name] = value
