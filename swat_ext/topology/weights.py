@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from swat_ext.ops.layout import is_channels_last
-from swat_ext.ops.packed import Packed, Pattern, pack
+from swat_ext.ops.packed import Packed, Pattern, pack, take
 from swat_ext.topology.blocks import Block, block_norms, spread
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.methods import Method
@@ -37,7 +37,8 @@ class Largest(Selection):
         if self.block is None:
             return choose(weight)
         packed = self._of_blocks(weight, choose(block_norms(weight, self.block)))
-        self.note(packed, weight)
+        if training:
+            self.note(packed, weight)
         return packed
 
     def as_it_is(self, weight: Tensor) -> Packed:
@@ -107,7 +108,7 @@ class Held:
         """Make ``tensor``, of the weight's shape, zero outside the pattern."""
         if not tensor.is_meta:
             with torch.no_grad():
-                values = torch.ops.swat_ext.take(tensor.detach(), self.pattern.mask, self.pattern.kept)
+                values = take(tensor.detach(), self.pattern.mask, self.pattern.kept)
                 last = is_channels_last(tensor)
                 tensor.copy_(torch.ops.swat_ext.decompress(values, self.pattern.mask, tensor.shape, last))
 
