@@ -1,0 +1,5 @@
+import common
+
+
+def write(out, folder):
+    return {}, "todo"
