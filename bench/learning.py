@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import common
+import learning_pictures
 import learning_report
 import learning_runs as runs
+import learning_times as times
 from learning_runs import Plan, Setup
 from tqdm import tqdm
 
 # What networks other than ResNet-18, and other data than textures, are run with.
 _FEW = ("dense", "u80", "u90", "erk90")
-_SPECIAL = ("static90d", "set90d", "rigl90d", "rigl90erk")
+_SPECIAL = ("static90d", "set90d", "rigl90d", "static90erk", "set90erk")
 _QUICK = ("dense", "narrow90", "u90")
 
 
@@ -133,39 +135,36 @@ class Bench:
                 plans = [runs.plan(network, data, variant, "epochs", self.setup) for variant in names]
                 self.plans[f"{network}-{data}"] = plans
 
-    def times(self) -> dict[str, Any]:
-        """The step times known so far, by network and data set and then by variant."""
+    def times(self) -> dict[str, list[Any]]:
+        """The step times known so far, by network and data set."""
         if not self._times_file.is_file():
             return {}
         return json.loads(self._times_file.read_text(encoding="utf-8"))
 
     def measure(self, again: bool) -> None:
-        """Measure the step times that are missing or of other settings, or all of them, beside the dense network's."""
+        """Measure the step times that are not known, or all of them, beside the dense network's."""
         known = self.times()
         wanted = {}
         for name, plans in self.plans.items():
-            rows = known.get(name, {})
-            missing = [
-                run for run in plans if again or rows.get(run.variant, {}).get("settings") != runs.time_settings(run)
-            ]
-            if missing and missing[0].variant != "dense":
-                first = plans[0]
-                dense = runs.plan(first.network, first.data, "dense", "epochs", self.setup)
-                missing = [dense, *(run for run in missing if run.variant != "dense")]
+            rows = known.get(name, [])
+            missing = [run for run in plans if again or times.find_row(rows, run.variant, run.settings()) is None]
             if missing:
-                wanted[name] = missing
+                dense = runs.plan(missing[0].network, missing[0].data, "dense", "epochs", self.setup)
+                wanted[name] = [dense, *(run for run in missing if run.variant != "dense")]
         with tqdm(total=self.options.rounds * len(wanted), unit="round", disable=not wanted) as progress:
             for name, plans in wanted.items():
                 progress.set_description(f"step times of {name}")
                 rounds, allocator = self.options.rounds, self.options.allocator
-                found = runs.measure(plans, rounds=rounds, allocator=allocator, progress=progress)
-                known.setdefault(name, {}).update(found)
+                found = times.measure(plans, rounds=rounds, allocator=allocator, progress=progress)
+                known = self.times()  # another process may have measured something meanwhile
+                known[name] = times.replace_rows(known.get(name, []), found)
                 common.write_json(self._times_file, known)
 
     def clock(self, run: Plan) -> Plan:
         """``run`` with as many epochs as its clock budget has."""
-        row = self.times()[run.name][run.variant]
-        epochs = runs.clock_epochs(run.recipe.epochs, row)
+        row = times.find_row(self.times()[run.name], run.variant, run.settings())
+        assert row is not None
+        epochs = times.clock_epochs(run.recipe.epochs, row)
         return runs.plan(run.network, run.data, run.variant, "clock", self.setup, epochs)
 
     def queue(self) -> list[tuple[Plan, int]]:
@@ -189,11 +188,16 @@ class Bench:
             runs.append_line(self.file(run), {**found[-1], "budget": run.budget})
         return bool(found)
 
+    def _steps_per_epoch(self, run: Plan) -> int:
+        return runs.data_of(run.data, self.setup.batch, self.setup.validate).train_steps(run.recipe.batch_size)
+
     def run(self) -> Iterator[dict[str, Any]]:
         """Run what is not there yet, and yield each line when it is kept."""
         queue = [(run, seed) for run, seed in self.queue() if not self.known(run, seed)]
         images = [runs.data_of(run.data, self.setup.batch, self.setup.validate) for run, _ in queue]
-        lengths = [run.recipe.epochs * data.train_steps(self.setup.batch) for (run, _), data in zip(queue, images)]
+        lengths = [
+            run.recipe.epochs * data.train_steps(self.setup.batch) for (run, _), data in zip(queue, images, strict=True)
+        ]
         with tqdm(total=sum(lengths), unit="step", disable=not queue) as progress:
             for (run, seed), length in zip(queue, lengths, strict=True):
                 progress.set_description(f"{run.name}, {run.variant} by {run.budget}, seed {seed}")
@@ -234,6 +238,17 @@ def validation_table(lines: Sequence[dict[str, Any]]) -> str:
     return common.markdown(header, rows)
 
 
+def write(out: Path, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write ``out``, the tables and the pictures beside it, of the runs in ``folder``; the figures and the tables."""
+    results = learning_report.load(folder)
+    result, text = learning_report.summarise(results)
+    common.write(out, result, text)
+    if any(case.lines for case in results):
+        learning_pictures.plot(results, True, out.with_name(f"{out.stem}-seconds.png"))
+        learning_pictures.plot(results, False, out.with_name(f"{out.stem}-flops.png"))
+    return result, text
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line; returns the figures of the report."""
     parser, options = parse(arguments)
@@ -258,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             text = validation_table(runs.read_lines(folder / "validation.jsonl"))
             print(text)
             return {}
-        result, text = learning_report.write(out, folder)
+        result, text = write(out, folder)
         print(text)
         if options.out is not None:
             print(f"written: {out}, .md and pictures beside it, the runs in {folder}")

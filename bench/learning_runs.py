@@ -1,9 +1,8 @@
-"""The runs of bench/learning.py: what a variant is, how it is trained and timed, and the files that keep what came out."""
+"""The runs of bench/learning.py: what a variant is, how it is trained, and the file that keeps what came out."""
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -15,10 +14,7 @@ from unittest import mock
 
 import common
 import torch
-from paper_networks import LAYOUTS
 from torch import nn
-from tqdm import tqdm
-from workers import Worker
 
 from swat_ext import SWATConfig, sparsify_
 from swat_ext.data import Data, load_data
@@ -62,14 +58,16 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "static90d": {"sparsity": 0.9, "activation_sparsity": 0.0, "method": "static"},
     "set90d": {"sparsity": 0.9, "activation_sparsity": 0.0, "method": "set"},
     "rigl90d": {"sparsity": 0.9, "activation_sparsity": 0.0, "method": "rigl"},
+    # At the FLOPs of erk90: activations follow their layer's weights.
+    "static90erk": {"sparsity": 0.9, "method": "static", "distribution": "erk"},
+    "set90erk": {"sparsity": 0.9, "method": "set", "distribution": "erk"},
     "rigl90erk": {"sparsity": 0.9, "method": "rigl", "distribution": "erk"},
 }
 # What each narrow network's FLOPs are those of.
 NARROW = {"narrow80": "u80", "narrow90": "u90", "narrow95": "u95"}
 
 # Fields of Recipe that mean nothing to a dense network.
-_SPARSE_FIELDS = ("topk_period", "weight_topk_period", "topk_warmup_epochs", "ramp", "topk_warmup")
-_TIMED_BATCHES = 40
+SPARSE_FIELDS = ("topk_period", "weight_topk_period", "topk_warmup_epochs", "ramp", "topk_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _split(changes: Mapping[str, Any], dense: bool) -> tuple[dict[str, Any], dic
         )
     config, recipe = ({name: value for name, value in changes.items() if name in names} for names in known)
     if dense:
-        recipe = {name: value for name, value in recipe.items() if name not in _SPARSE_FIELDS}
+        recipe = {name: value for name, value in recipe.items() if name not in SPARSE_FIELDS}
     return config, recipe
 
 
@@ -208,18 +206,21 @@ def narrow_width(network: str, data: str, variant: str, setup: Setup) -> float:
     """
     sparse = plan(network, data, variant, "epochs", setup)
     images = data_of(data, setup.batch, setup.validate)
-    target = step_flops(build(sparse, images, 0), images, setup.batch)
+    return _width_of(network, images, sparse.width, step_flops(build(sparse, images, 0), images, 2))
 
+
+@functools.cache
+def _width_of(network: str, images: Data, most: float, wanted: float) -> float:
     def flops(width: float) -> float:
-        return step_flops(_network(network, images, width, True), images, setup.batch)
+        return step_flops(_network(network, images, width, True), images, 2)
 
-    low, high = 1 / 1024, sparse.width
-    if flops(low) > target:
-        raise ValueError(f"{network} with one channel a layer has more than the FLOPs of {variant}")
+    low, high = 1 / 1024, most
+    if flops(low) > wanted:
+        raise ValueError(f"{network} has more than those FLOPs with one channel a layer")
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (middle, high) if flops(middle) <= target else (low, middle)
-    return min((low, high), key=lambda width: abs(flops(width) - target))
+        low, high = (middle, high) if flops(middle) <= wanted else (low, middle)
+    return min((low, high), key=lambda width: abs(flops(width) - wanted))
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -276,93 +277,10 @@ def train(
         "diverged": diverged,
         "changes": dict(run.changes),
         "settings": run.settings(),
-        "conditions": {**conditions, "load_after": round(os.getloadavg()[0], 2)},
+        "conditions": conditions,
+        "load_after": round(os.getloadavg()[0], 2),
         "history": history,
     }
-
-
-# --- Times ------------------------------------------------------------------------------------------------------------
-
-
-class Runner:
-    """What the process of one timed network does."""
-
-    def __init__(self, run: Plan, images: Data, layout: str, allocator: str) -> None:
-        common.use_allocator(allocator)
-        memory_format = LAYOUTS[layout]
-        self._trainer = Trainer(build(run, images, 0), images, run.recipe, memory_format=memory_format, progress=False)
-        for group in self._trainer.optimizer.param_groups:
-            group["lr"] = run.recipe.lr / 2  # about the mean of its schedule: thresholds age as they do in training
-        self._trainer.model.train()
-        batches = images.train_batches(run.recipe.batch_size, seed=0, epoch=0)
-        taken = [(image.contiguous(memory_format=memory_format), label) for image, label in
-                 itertools.islice(batches, _TIMED_BATCHES)]  # fmt: skip
-        self._batches = itertools.cycle(taken)
-
-    def steps(self, count: int) -> None:
-        """So many whole steps: forward, backward and update."""
-        trainer = self._trainer
-        for images, labels in itertools.islice(self._batches, count):
-            loss = trainer.criterion(trainer.model(images), labels)
-            trainer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            trainer.optimizer.step()
-        if not loss.isfinite():
-            raise RuntimeError("the loss became NaN or infinite; what was timed means nothing")
-
-
-def measure(plans: Sequence[Plan], *, rounds: int, allocator: str, progress: tqdm | None = None) -> dict[str, Any]:
-    """Milliseconds of a training step of each of ``plans``, all of one network and data set, measured in turns.
-
-    Each network has a process of its own. A call is a whole selection period, and so selection is in it as often as in
-    training.
-
-    Args:
-        plans: one is dense. Dense networks are timed in both layouts, and the faster counts.
-        rounds: calls of each network.
-
-    Returns:
-        for each variant its median, least and most milliseconds, those of the dense network beside it, and how many
-        times as fast it is.
-    """
-    conditions = common.conditions()
-    period = max(run.recipe.topk_period for run in plans)
-    images = data_of(plans[0].data, plans[0].recipe.batch_size)
-    with contextlib.ExitStack() as stack:
-        calls: dict[str, Callable[[], object]] = {}
-        for run in plans:
-            for layout in LAYOUTS if run.config is None else ("channels_last",):
-                worker = stack.enter_context(Worker(Runner, run, images, layout, allocator))
-                calls[f"{run.variant} {layout}"] = functools.partial(worker.call, "steps", period)
-        timings = common.interleaved(calls, rounds=rounds, progress=progress)
-    conditions["load_after"] = round(os.getloadavg()[0], 2)
-    found: dict[str, Any] = {}
-    for run in plans:
-        layouts = {name.split()[1]: timing for name, timing in timings.items() if name.split()[0] == run.variant}
-        layout, timing = min(layouts.items(), key=lambda item: item[1].median)
-        found[run.variant] = {
-            "ms": timing.median / period,
-            "least_ms": timing.best / period,
-            "most_ms": max(timing.samples) / period,
-            "rounds": rounds,
-            "layout": layout,
-            "settings": time_settings(run),
-            "conditions": conditions,
-        }
-    dense = found["dense"]["ms"]
-    return {name: {**row, "dense_ms": dense, "ratio": dense / row["ms"]} for name, row in found.items()}
-
-
-def time_settings(run: Plan) -> dict[str, Any]:
-    """What a step's time depends on: not on the length of the run, nor on rates."""
-    recipe = run.settings()["recipe"]
-    fields = {name: recipe[name] for name in ("batch_size", *_SPARSE_FIELDS) if name in recipe}
-    return {**run.settings(), "recipe": fields, "threads": torch.get_num_threads()}
-
-
-def clock_epochs(epochs: int, time_row: Mapping[str, Any]) -> int:
-    """Whole epochs, at least one, that take no longer than ``epochs`` of the dense network."""
-    return max(1, math.floor(epochs * time_row["ratio"] + 1e-9))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -398,8 +316,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def find(lines: Sequence[Mapping[str, Any]], run: Plan, seed: int) -> Iterator[Mapping[str, Any]]:
-    """Those of ``lines`` that are ``run`` with ``seed``, of either budget: where both have the same epochs, they are the
-    same run."""
+    """Those of ``lines`` that are ``run`` with ``seed``, of either budget: with the same epochs it is the same run."""
     wanted = (run.network, run.data, run.variant, seed, run.settings())
     for line in lines:
         if tuple(line[name] for name in ("network", "data", "variant", "seed", "settings")) == wanted:
