@@ -70,9 +70,10 @@ def _draw(axes: Any, results: Results, by_seconds: bool) -> None:
 def _label(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Name each curve beside its end, all in one column, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap, last = _LABEL_GAP * (high - low), low
-    for value, place, name, colour in sorted(ends):
-        last = max(value, last + gap)
+    axes.set_ylim(low, high)
+    gap, last = _LABEL_GAP * (high - low), high + _LABEL_GAP * (high - low)
+    for value, place, name, colour in sorted(ends, reverse=True):
+        last = min(value, last - gap)  # downwards, where there is room
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6}
         axes.annotate(
             name,

@@ -345,7 +345,10 @@ def summarise(results: Sequence[Results]) -> tuple[dict[str, Any], str]:
         parts += [f"## {case.name}", _settings(case), "Equal epochs:", epochs_table(case)]
         parts += ["Equal wall clock, whole epochs in the time of the dense steps:", clock_table(case)]
         if any(case.cell(narrow, "epochs") for narrow in NARROW):
-            parts += ["Equal training FLOPs, at equal epochs:", flops_table(case)]
+            parts += [
+                "Equal training FLOPs, at equal epochs (those of ERK and of momentum are near, not equal):",
+                flops_table(case),
+            ]
     lines = [line for case in results for line in case.lines]
     if lines:
         parts += ["## Every run", common.describe(lines), appendix(results)]
