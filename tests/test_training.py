@@ -521,6 +521,19 @@ def test_a_run_is_not_overwritten_nor_resumed_otherwise(tmp_path: Path, capsys: 
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
+def test_validation_leaves_the_test_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", "digits", "--width", "0.125", "--dense", "--epochs", "1", "--no-progress"]
+    out = tmp_path / "run"
+    pytest.importorskip("sklearn")
+    assert train.main([*arguments, "--validate", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "1151 training and 287 validation images" in printed
+    assert "\nvalidation accuracy" in printed
+    assert _log(out)[0]["config"]["validate"] is True
+    settings = {"data": "digits", "model": "vgg16", "dense": True, "seed": 0, "validate": True}
+    assert train._default_out(settings) == Path("runs/digits-validation-vgg16-dense-seed0")
+
+
 def test_an_older_checkpoint_has_the_defaults_of_later_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
