@@ -101,6 +101,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    for name, _ in options.set:
+        if name in ("epochs", "batch_size"):
+            parser.error(f"--set {name}: budgets are set by --steps and --batch")
     for name in ("steps", "batch", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")

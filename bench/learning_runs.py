@@ -169,7 +169,7 @@ def plan(network: str, data: str, variant: str, budget: str, setup: Setup, epoch
         if variant in NARROW:
             width = narrow_width(network, data, NARROW[variant], setup)
         schedule = RECIPES["small"].with_epochs(epochs)
-        schedule = dataclasses.replace(schedule, **{"batch_size": setup.batch, **recipe, "epochs": epochs})
+        schedule = dataclasses.replace(schedule, **{**recipe, "batch_size": setup.batch, "epochs": epochs})
     except (NotImplementedError, TypeError, ValueError) as error:
         raise type(error)(f"variant {variant!r}: {error}") from error
     return Plan(network, data, variant, budget, width, variant in NARROW, made, schedule, dict(setup.changes))

@@ -263,6 +263,7 @@ def test_variants_have_names_in_words(bench: Load) -> None:
         (["--variants", "u85"], "u85"),
         (["--set", "lr"], "expected name=value, got 'lr'"),
         (["--set", "depth=3"], "variant 'dense': this version's SWATConfig and Recipe have no depth"),
+        (["--set", "epochs=3"], "--set epochs: budgets are set by --steps and --batch"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--lr", "-1"], "variant 'dense': lr: expected"),
         (["--variants", "u90", "--set", "sparsity=2"], "variant 'u90': sparsity: expected a number in [0, 1)"),
