@@ -296,7 +296,12 @@ def test_topk_period_and_its_warmup() -> None:
     trainer = _trainer(True, recipe=replace(TINY, topk_warmup_epochs=1, topk_period=4, epochs=2))
     layers = [module for module in trainer.model.modules() if isinstance(module, SWATLayer)]
     assert layers
-    trainer.on_step = lambda *_: periods.append({layer.topk_period for layer in layers})
+
+    def note(*_: object) -> None:
+        if trainer.model.training:
+            periods.append({layer.topk_period for layer in layers})
+
+    layers[0].register_forward_pre_hook(note)
     trainer.run()
     assert periods == [{1}] * 5 + [{4}] * 5
     assert {layer.steps for layer in layers} == {10}
