@@ -128,6 +128,8 @@ class Held:
             kept = block_norms(self.pattern.dense().float(), self.block) > 0
             number = int(share * int(kept.sum()))
             worth = block_norms(self.method.drop(weight.detach()), self.block)
+            # What is no number stays, as in SWAT: a diverging run must still show it.
+            worth = torch.where(worth.isnan(), torch.inf, worth)
             stay = kept & ~_largest((-worth).masked_fill(~kept, -torch.inf), number)
             growth = self.method.growth(weight.detach(), weight.grad, self._generator())
             # What was dropped just now may come back (RigL, algorithm 1).
@@ -140,7 +142,7 @@ class Held:
         """Take the pattern from a weight that was loaded: its largest blocks, and old ones where it has too few."""
         norms = block_norms(weight.detach(), self.block)
         before = block_norms(self.pattern.dense().float(), self.block) > 0
-        scores = torch.where(norms > 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))
+        scores = torch.where(norms != 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))
         self._hold(_largest(scores, self.budget.count(norms.numel())), weight)
         self.clear(weight)
 
