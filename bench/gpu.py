@@ -24,6 +24,7 @@ from swat_ext.models.resnet import resnet50
 from swat_ext.ops import dense as dense_kernels
 from swat_ext.ops.arguments import HAS_CUDA
 from swat_ext.ops.geometry import Geometry
+from swat_ext.ops.library import most_kept
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 # Name, batch, channels in and out, size, kernel, stride: layers of ResNet-50 at 224 and of a CIFAR ResNet-18.
@@ -67,7 +68,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def packed(tensor: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     keep = swat_ext.functional.keep_count(tensor.numel(), sparsity)
     threshold = torch.ops.swat_ext.kth_magnitude(tensor, keep)
-    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, padded=True)
+    return torch.ops.swat_ext.compress(tensor, threshold, keep=keep, room=most_kept(keep, tensor.numel()))
 
 
 def bench_layer(
@@ -129,7 +130,7 @@ def bench_packing(sparsities: list[float]) -> list[dict[str, Any]]:
             for sparsity in sparsities:
                 keep = swat_ext.functional.keep_count(input.numel(), sparsity)
                 threshold = torch.ops.swat_ext.kth_magnitude(input, keep)
-                limits = {"keep": keep, "padded": True}
+                limits = {"keep": keep, "room": most_kept(keep, input.numel())}
                 values, mask = torch.ops.swat_ext.compress(input, threshold, **limits)
                 found = times(
                     {

@@ -91,7 +91,7 @@ class Trainee:
         for layer in self.layers:
             state = layer.selection_state()
             for name in ("weight", "activation"):
-                state[name]["selected"] = state[name]["steps"] - layer.topk_period
+                state[name]["selected"] = -1
             layer.load_selection_state(state)
 
     def check(self) -> None:

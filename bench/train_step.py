@@ -5,10 +5,10 @@
     python bench/train_step.py --quick                          # one period of two small networks, written nowhere
 
 Each network of a row has a process of its own, and they take their steps in turns. A sparse time is the mean over a
-whole selection period (``--topk-period`` steps, one of which selects), a dense time is that of the faster layout; both
-are medians over the rounds. Weights and saved activations have the same sparsity. Where the time goes is profiled
-afterwards, in steps that select and steps that do not, weighted as they occur; "rest" is what no category names, Python
-included. The C library keeps freed memory in all of the processes, or in none (``--allocator default``).
+whole selection period (``--topk-period`` steps, each of which selects weights and one activations too), a dense time is
+that of the faster layout; both are medians over the rounds. Weights and saved activations have the same sparsity. Where
+the time goes is profiled afterwards, in steps that select activations and steps that do not, weighted as they occur;
+"rest" is what no category names, Python included. The C library keeps freed memory in all of the processes, or in none (``--allocator default``).
 """
 
 import contextlib

@@ -62,7 +62,7 @@ def check_name(kind: str, value: object, name: str | None = None) -> None:
 
 def check_method(value: object) -> None:
     """Raise unless ``value`` is a name of :data:`swat_ext.topology.METHODS` or a :class:`swat_ext.topology.Method`."""
-    if not isinstance(value, Method) and (not isinstance(value, str) or value not in METHODS):
+    if not isinstance(value, Method) and not (isinstance(value, str) and value in METHODS):
         known = ", ".join(map(repr, METHODS))
         raise ValueError(f"method: expected one of {known} or a swat_ext.topology.Method, got {value!r}")
 
@@ -70,7 +70,7 @@ def check_method(value: object) -> None:
 def check_block_size(value: object) -> tuple[int, int]:
     """``value`` as output and input channels of a block; TypeError or ValueError otherwise."""
     what = f"block_size: expected (output channels, input channels), integers of at least 1, got {value!r}"
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) != 2:
         raise TypeError(what)
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int):

@@ -1,10 +1,10 @@
-"""What moves while a sparse network trains, and what a run needs beside model and optimizer to go on where it stopped."""
+"""What moves while a sparse network trains, and what a run needs to go on exactly where it stopped."""
 
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from swat_ext.modules import SWATLayer

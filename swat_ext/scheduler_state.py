@@ -48,8 +48,10 @@ def _check_layer(where: str, state: Any, layer: SWATLayer) -> None:
         check_name("backend", state["backend"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if state["momentum"] is not None and not isinstance(state["momentum"], float):
-        raise ValueError(f"{where}: momentum: expected a number or None, got {state['momentum']!r}")
+    momentum = state["momentum"]
+    # One that is not a number is that of a diverged run.
+    if momentum is not None and (not isinstance(momentum, float) or momentum < 0):
+        raise ValueError(f"{where}: momentum: expected a number of at least 0 or None, got {momentum!r}")
     if isinstance(layer._weights, Held):
         _check_pattern(f"{where}: weight", state["weight"], layer._weights)
     else:
@@ -88,9 +90,12 @@ def _check_pattern(where: str, state: Any, held: Held) -> None:
     if type(count) is not int or not 0 <= count <= numel:
         raise ValueError(f"{where}: count: expected an integer from 0 to {numel}, got {count!r}")
     try:
-        torch.ops.swat_ext.take(torch.empty(numel), mask.cpu(), count)
+        taken = torch.ops.swat_ext.take(torch.ones(numel), mask.cpu(), count)
     except RuntimeError as error:
         raise ValueError(f"{where}: mask and count do not go together") from error
+    # Past what the mask keeps there are zeros.
+    if not taken.all():
+        raise ValueError(f"{where}: mask and count do not go together")
     _check_steps(where, state["steps"])
 
 

@@ -302,7 +302,7 @@ def _check_shared(targets: list[Surveyed], config: SWATConfig) -> None:
         other = owners.setdefault(id(layer.module.weight), layer.name)
         if other != layer.name:
             raise ValueError(
-                f"method: {config.method!r} holds a pattern a layer, and {other!r} and {layer.name!r} share their weight"
+                f"method: {config.method!r} holds one pattern a layer, but {other!r} and {layer.name!r} share a weight"
             )
 
 

@@ -26,9 +26,13 @@ def small_network(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> nn.Se
 
 
 def sparse_network(*, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> nn.Sequential:
-    """:func:`small_network`, made sparse at 0.8 unless told otherwise."""
+    """:func:`small_network`, made sparse at 0.8 unless told otherwise.
+
+    Both periods are longer than a step and differ, so that thresholds grow old and none is taken for the other.
+    """
     model = small_network(dtype, seed=seed)
-    swat_ext.sparsify_(model, swat_ext.SWATConfig(**{"sparsity": 0.8, "topk_period": 3, **config}))  # type: ignore[arg-type]
+    settings = {"sparsity": 0.8, "topk_period": 3, "weight_topk_period": 4, **config}
+    swat_ext.sparsify_(model, swat_ext.SWATConfig(**settings))  # type: ignore[arg-type]
     return model
 
 

@@ -85,7 +85,7 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_a_threshold_set_in_one_dtype_is_good_in_the_other(device: torch.device) -> None:
-    layer = SWATLinear(64, 8, sparsity=0.5, topk_period=100).to(device)
+    layer = SWATLinear(64, 8, sparsity=0.5, topk_period=100, weight_topk_period=100).to(device)
     input = torch.randn(32, 64, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         first = layer(input)

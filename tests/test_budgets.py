@@ -104,7 +104,7 @@ def test_other_parameters_by_functional_call_keep_the_budget() -> None:
 def test_a_large_learning_rate_moves_no_layer_off_its_budget() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.ReLU(), nn.Linear(100, 100, bias=False))
-    sparsify_(model, SWATConfig(sparsity=0.8, topk_period=1000, skip=()))
+    sparsify_(model, SWATConfig(sparsity=0.8, topk_period=1000, weight_topk_period=1000, skip=()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.2)
     for _ in range(30):
         optimizer.zero_grad()

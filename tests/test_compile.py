@@ -39,9 +39,10 @@ def test_steps_compile_nothing_anew(backend):
         mine, other = train(model, second, data, forward=fast)[0], train(eager, first, data)[0]
         torch.testing.assert_close(mine, other)
     assert graphs() == 1
+    # Selected at the forwards after 0 and 4 steps, activations after 0, 3 and 6.
     for mine, other in zip(sparse_layers(model), sparse_layers(eager), strict=True):
         assert mine.steps == other.steps == 8
-        assert mine.steps_since_selection == other.steps_since_selection == (2, 2)
+        assert mine.steps_since_selection == other.steps_since_selection == (4, 2)
     for number, size in enumerate((6, 3, 5, 7), start=8):
         data = batches(1, first=number, size=size)
         mine, other = train(model, second, data, forward=fast)[0], train(eager, first, data)[0]
@@ -53,7 +54,7 @@ def test_steps_compile_nothing_anew(backend):
 def test_resnet18_is_one_graph_under_inductor():
     torch.manual_seed(0)
     eager = resnet18(10, width=0.125).to(memory_format=torch.channels_last)
-    swat_ext.sparsify_(eager, swat_ext.SWATConfig(sparsity=0.9, topk_period=3, batchnorm="int8"))
+    swat_ext.sparsify_(eager, swat_ext.SWATConfig(sparsity=0.9, topk_period=3, weight_topk_period=2, batchnorm="int8"))
     model = copy.deepcopy(eager)
     first, second = sgd(eager), sgd(model)
     torch._dynamo.utils.counters.clear()

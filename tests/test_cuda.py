@@ -86,7 +86,8 @@ def test_cuda_graph() -> None:
     static_input = torch.randn(4, 16, 12, 12, device="cuda")
 
     def packed(tensor: Tensor, keep: int) -> functional.Packed:
-        return functional.Packed(*torch.ops.swat_ext.compress(tensor, threshold, keep=keep, padded=True), tensor.shape)
+        room = ops.most_kept(keep, tensor.numel())
+        return functional.Packed(*torch.ops.swat_ext.compress(tensor, threshold, keep=keep, room=room), tensor.shape)
 
     def step(input: Tensor) -> tuple[Tensor, Tensor]:
         packed_input, packed_weight = packed(input, input.numel() // 5), packed(weight.detach(), weight.numel() // 2)

@@ -95,6 +95,7 @@ def test_budget(kernels: Kernels, values: str, memory_format: torch.memory_forma
     input = input.contiguous(memory_format=memory_format)
     on_device = input.to(kernels.device)
     outcomes = set()
+    slack = min(-(-input.numel() // 64), 64)
     for keep in (1, 300, 2000, input.numel()):
         most, limit = swat_ops.most_kept(keep, input.numel()), reference.kth_magnitude(input, keep)
         for threshold in (-1.0, 0.0, 1.0, 2.5, 100.0, torch.nan):
@@ -102,22 +103,57 @@ def test_budget(kernels: Kernels, values: str, memory_format: torch.memory_forma
             stale = torch.tensor(threshold)
             exact = reference.compress(input, stale)
             count = exact.values.numel()
-            few = threshold > 0 and count < min(keep - keep // 5, keep - 64)
+            few = threshold > 0 and count < min(keep - keep // 5, keep - slack)
             outcomes.add("many" if count > most else "few" if few else "stays")
             passing = reference.compress(input, limit) if count > most or few else exact
-            for padded in (False, True):
-                got = kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, padded=padded)
-                expected = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=padded)
+            for room in (None, most, keep // 2, (most + input.numel()) // 2):
+                got = kernels.ops.compress(on_device, stale.to(kernels.device), keep=keep, room=room)
+                expected = torch.ops.swat_ext.compress(input, stale, keep=keep, room=room)
                 for ours, theirs in zip(got, expected, strict=True):
-                    assert torch.equal(ours.cpu().nan_to_num(7), theirs.nan_to_num(7)), f"{what}, padded {padded}"
-                if padded:
-                    assert got[0].shape == (most,)
-                    wanted = passing.values[:most].nan_to_num(7)
+                    assert torch.equal(ours.cpu().nan_to_num(7), theirs.nan_to_num(7)), f"{what}, room {room}"
+                if room is not None:
+                    assert got[0].shape == (room,)
+                    wanted = passing.values[:room].nan_to_num(7)
                     assert torch.equal(got[0][: wanted.numel()].cpu().nan_to_num(7), wanted), what
                     assert not got[0][wanted.numel() :].any(), what
                 else:
                     assert_identical(got[1].cpu(), passing.mask, what)
     assert outcomes == {"many", "few", "stays"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(0, 3, 2, 2), (1,), (70,), (1100,), (2, 40, 9, 7), (1, 20, 57, 55)])
+def test_room_is_the_length_whatever_is_kept(
+    kernels: Kernels, size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Less, as much and more than is kept, without a budget and with one; what has no room is dropped, bits and all."""
+    input = torch.randn(size, generator=generator).to(kernels.device, dtype)
+    numel = input.numel()
+    if numel > 20:
+        input.view(-1)[5], input.view(-1)[-1] = torch.nan, torch.inf
+    layouts = [torch.contiguous_format, torch.channels_last]
+    for layout in layouts[: 1 + (len(size) == 4)]:
+        input = input.contiguous(memory_format=layout)
+        for threshold in (0.0, 0.7, 9.0):
+            limit = torch.tensor(threshold, dtype=dtype, device=kernels.device)
+            passing = reference.compress(input, threshold)
+            kept = passing.values.numel()
+            # A budget that what passes meets.
+            for keep in (None, kept) if kept else (None,):
+                rooms = {0, 1, kept // 2, kept - 1, kept, kept + 1, (kept + numel) // 2, numel} & {*range(numel + 1)}
+                for room in rooms if numel < 10000 else {0, kept // 2, kept, numel}:
+                    what = f"threshold {threshold}, keep {keep}, room {room}, kept {kept}"
+                    values, mask = kernels.ops.compress(input, limit, keep=keep, room=room)
+                    first = passing.values[:room]
+                    assert values.shape == (room,), what
+                    assert torch.equal(values[: first.numel()].nan_to_num(7), first.nan_to_num(7)), what
+                    assert not values[first.numel() :].any(), what
+                    wanted = reference.top(input, threshold).flatten()
+                    wanted = wanted.where((wanted != 0).cumsum(0) <= room, 0).view(size)
+                    assert_identical(mask, reference.compress(wanted, 0.0).mask, f"mask, {what}")
+                    for channels_last in [False, True][: 1 + (len(size) == 4)]:
+                        dense = kernels.ops.decompress(values, mask, size, channels_last)
+                        assert torch.equal(dense.nan_to_num(7), wanted.nan_to_num(7)), what
 
 
 _TILES = {
@@ -145,7 +181,8 @@ def test_tiles(kernels: Kernels, name: str, dtype: torch.dtype, generator: torch
         kept = expected.values.numel()
         got = [kernels.ops.compress(input, limit)]
         if kept:
-            got += [kernels.ops.compress(input, limit, keep=kept, padded=padded) for padded in (False, True)]
+            rooms = (None, kept, swat_ops.most_kept(kept, input.numel()), input.numel())
+            got += [kernels.ops.compress(input, limit, keep=kept, room=room) for room in rooms]
         for values, mask in got:
             assert_identical(mask, expected.mask, f"mask, threshold {threshold}")
             assert torch.equal(values[:kept].nan_to_num(7), expected.values.nan_to_num(7))
@@ -153,8 +190,8 @@ def test_tiles(kernels: Kernels, name: str, dtype: torch.dtype, generator: torch
     # Ties beyond the capacity: the last of them in logical order go.
     ties = torch.full_like(input, -0.5)
     keep = ties.numel() // 2 + 1
-    values, mask = kernels.ops.compress(ties, torch.zeros_like(limit), keep=keep, padded=True)
     length = swat_ops.most_kept(keep, ties.numel())
+    values, mask = kernels.ops.compress(ties, torch.zeros_like(limit), keep=keep, room=length)
     assert values.shape == (length,)
     assert (values == -0.5).all()
     dense = kernels.ops.decompress(values, mask, size, False).view(-1)
@@ -286,18 +323,43 @@ def test_linear(kernels: Kernels, generator: torch.Generator) -> None:
         assert _relative(got, grad.double() @ kept) < 2e-5
 
 
-def test_select(kernels: Kernels, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("room", [None, 100, 300, 500, 900])
+def test_select(kernels: Kernels, room: int | None, generator: torch.Generator) -> None:
     """Before the first step, and a period later: a threshold of this input; in between that of before."""
-    threshold, clock = torch.zeros((), device=kernels.device), torch.tensor([0, -1])
+    threshold, state = torch.zeros((), device=kernels.device), torch.tensor([0, -1, 3, 1, 3])
     expected = torch.tensor(0.0)
-    for step in range(5):
+    twin, its_state = threshold.cpu().clone(), state.clone()
+    for step in range(7):
         input = torch.randn(900, generator=generator)
-        clock[0] = step
-        if step in (0, 3):
-            expected = reference.kth_magnitude(input, 300)
-        got = kernels.ops.select(input.to(kernels.device), threshold, clock, 300, 3, False)
+        if step == 5:
+            # Due at once where the period is shorter than the age; the budget falls.
+            state[2:] = its_state[2:] = torch.tensor([2, 1, 4])
+        state[0] = its_state[0] = step
+        if step in (0, 3, 5):
+            expected = reference.kth_magnitude(input, 300 if step < 5 else 225)
+        got = kernels.ops.select(input.to(kernels.device), threshold, state, room)
+        theirs = torch.ops.swat_ext.select(input, twin, its_state, room)
+        assert state.tolist() == its_state.tolist()
         assert_identical(threshold.cpu(), expected, f"threshold of step {step}")
-        assert_identical(got[0].cpu(), reference.compress(input, expected).values, f"values of step {step}")
+        wanted = reference.compress(input, expected).values[:room]
+        assert got[0].shape == (wanted.numel() if room is None else room,)
+        assert_identical(got[0][: wanted.numel()].cpu(), wanted, f"values of step {step}")
+        assert not got[0][wanted.numel() :].any()
+        for ours, other in zip(got, theirs, strict=True):
+            assert_identical(ours.cpu(), other, f"of step {step}, as on the CPU")
+
+
+def test_limits_that_make_no_sense_are_refused(kernels: Kernels) -> None:
+    input = torch.randn(50, device=kernels.device)
+    limit = torch.zeros((), device=kernels.device)
+    for room in (-1, 51, 2**40):
+        with pytest.raises(RuntimeError, match=f"room: expected from 0 to input.numel.. = 50, got {room}"):
+            kernels.ops.compress(input, limit, room=room)
+        with pytest.raises(RuntimeError, match="room: expected from 0 to"):
+            kernels.ops.select(input, limit, torch.tensor([0, -1, 1, 1, 2]), room)
+    for wrong, message in (([0, -1, 0, 1, 2], "a period of at least 1"), ([0, -1, 1, 3, 2], "a budget in")):
+        with pytest.raises(RuntimeError, match=f"state: expected {message}"):
+            kernels.ops.select(input, limit, torch.tensor(wrong), None)
 
 
 def test_what_32_bits_do_not_count_is_refused(kernels: Kernels) -> None:

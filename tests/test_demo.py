@@ -39,31 +39,59 @@ def test_both_runs_are_measured(result: Comparison) -> None:
     assert dense_flops is not None
     assert result.dense.flops == pytest.approx(4 * dense_flops)
     # The first convolution stays dense; everything else does a tenth of the work.
-    assert 0.1 * result.dense.flops < result.swat.flops < 0.15 * result.dense.flops
+    assert 0.1 < (result.swat.flops / result.swat.epochs) / (result.dense.flops / 2) < 0.15
     assert result.swat.held_bytes < 0.8 * result.dense.held_bytes
+    assert result.dense.epochs == 2
     for run in (result.dense, result.swat):
-        assert len(run.losses) == 4
-        assert len(run.test_accuracies) == 2
+        assert len(run.losses) == 2 * run.epochs
+        assert len(run.test_accuracies) == len(run.seconds) == run.epochs
         assert run.test_accuracy == run.test_accuracies[-1]
-        assert 0 < run.seconds[0] < run.seconds[1]
-        assert run.seconds[1] >= 2 * run.step_ms / 1000  # half of the four steps take the median or more
+        assert 0 < run.seconds[0] <= run.seconds[-1]
+        assert run.seconds[-1] >= run.epochs * run.step_ms / 1000  # half of the steps take the median or more
+
+
+@pytest.mark.parametrize(("ratio", "epochs"), [(2.49, 7), (1.0, 3), (0.2, 1)])
+def test_the_sparse_run_has_the_epochs_that_fit_in_the_time(
+    ratio: float, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_trial", lambda *arguments: ("channels_last", ratio))
+    found = demo.compare(**{**TINY, "epochs": 3})  # type: ignore[arg-type]
+    assert (found.dense.epochs, found.swat.epochs) == (3, epochs)
+
+
+def test_the_trial_measures_every_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layouts of the dense network and the sparse one: the faster layout, and how much faster the last is."""
+    took = {"dense, contiguous": 3.0, "dense, channels_last": 2.0, "swat, channels_last": 0.5}
+    now = [0.0]
+
+    def stepper(model: str, data: object, recipe: object, layout: torch.memory_format) -> object:
+        name = f"{model}, {'channels_last' if layout is torch.channels_last else 'contiguous'}"
+
+        def step() -> None:
+            now[0] += took[name]
+
+        return step
+
+    monkeypatch.setattr(demo, "_stepper", stepper)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+    assert demo._trial("dense", "swat", None, None) == ("channels_last", 4.0)  # type: ignore[arg-type]
 
 
 def test_without_zeros_the_runs_start_the_same() -> None:
     found = demo.compare(**{**TINY, "sparsity": 0.0, "epochs": 1})  # type: ignore[arg-type]
     assert found.swat.losses[0] == pytest.approx(found.dense.losses[0], rel=1e-4)
-    assert found.swat.flops == found.dense.flops
+    assert found.swat.flops / found.swat.epochs == found.dense.flops
     assert found.swat.name == "SWAT 0/0"
 
 
 def test_activation_sparsity_can_differ() -> None:
     found = demo.compare(**{**TINY, "activation_sparsity": 0.0, "epochs": 1})  # type: ignore[arg-type]
     assert found.swat.name == "SWAT 90/0"
-    assert found.swat.flops > 0.4 * found.dense.flops
+    assert found.swat.flops / found.swat.epochs > 0.4 * found.dense.flops
 
 
 def test_the_seed_decides() -> None:
-    losses = [demo.compare(**{**TINY, "epochs": 1, "seed": seed}).swat.losses for seed in (1, 1, 2)]  # type: ignore[arg-type]
+    losses = [demo.compare(**{**TINY, "epochs": 1, "seed": seed}).dense.losses for seed in (1, 1, 2)]  # type: ignore[arg-type]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -81,14 +109,30 @@ def test_both_runs_have_one_allocator(has: bool, words: str, monkeypatch: pytest
 
 
 def _outcome(name: str, accuracy: float, flops: float, step_ms: float, held: int) -> Outcome:
-    return Outcome(name, "contiguous", accuracy, flops, step_ms, held, [2.0, 1.0], [1.0, 2.0], [0.5, accuracy])
+    return Outcome(name, "contiguous", 2, accuracy, flops, step_ms, held, [2.0, 1.0], [1.0, 2.0], [0.5, accuracy])
 
 
 def test_the_table_says_which_way_it_went() -> None:
     better = Comparison(_outcome("dense", 0.7, 2e12, 300, 2**20), _outcome("SWAT", 0.72, 5e11, 100, 2**19), "here")
-    assert [row[3] for row in better.rows()] == ["+2.0 points", "4.00x fewer", "3.00x faster", "50% less"]
+    assert [row[3] for row in better.rows()] == [
+        "+2.0 points",
+        "+0%",
+        "1.0x",
+        "4.00x fewer",
+        "3.00x faster",
+        "50% less",
+    ]
+    assert better.verdict == "In the time of 2 dense epochs SWAT is 2.0 points better."
     worse = Comparison(better.swat, better.dense, "here")
-    assert [row[3] for row in worse.rows()] == ["-2.0 points", "4.00x more", "3.00x slower", "100% more"]
+    assert [row[3] for row in worse.rows()] == [
+        "-2.0 points",
+        "+0%",
+        "1.0x",
+        "4.00x more",
+        "3.00x slower",
+        "100% more",
+    ]
+    assert worse.verdict == "In the time of 2 dense epochs dense is 2.0 points behind."
     table = str(better)
     for text in ("70.0%", "2.00 T", "300 ms", "1.00 MiB", "512 KiB", "here"):
         assert text in table

@@ -72,8 +72,8 @@ def test_ranks_count_each_step_once_and_select_the_same_weights(
 ) -> None:
     first, second = run_ranks(work, tmp_path)
     assert first["steps"] == second["steps"] == [STEPS] * 4
-    # Selected at the forwards after 0, 3 and 6 steps.
-    assert first["ages"] == second["ages"] == [(STEPS - 6, STEPS - 6)] * 4
+    # Selected at the forwards after 0 and 4 steps, activations after 0, 3 and 6.
+    assert first["ages"] == second["ages"] == [(STEPS - 4, STEPS - 6)] * 4
     for name in ("weight thresholds", "weights"):
         for mine, theirs in zip(first[name], second[name], strict=True):
             assert torch.equal(mine, theirs)

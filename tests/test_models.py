@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from swat_ext import SWATConfig, sparsify_
-from swat_ext.models import MODELS, STEMS, WideResNet, build_model, densenet121, resnet18, resnet50, vgg16, wrn16_8
+from swat_ext.models import (
+    MODELS,
+    STEMS,
+    WideResNet,
+    build_model,
+    densenet121,
+    resnet18,
+    resnet50,
+    vgg16,
+    wrn16_8,
+    wrn50_2,
+)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -16,6 +27,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
         assert _parameters(resnet18(1000, stem="imagenet")) == 11_689_512
         assert _parameters(resnet50(1000)) == 25_557_032
+        assert _parameters(wrn50_2(1000)) == 68_883_240
         assert _parameters(resnet18(10)) == 11_173_962
         assert _parameters(vgg16(10)) == 14_728_266
         assert _parameters(wrn16_8(10)) == 10_961_370
@@ -101,5 +113,5 @@ def test_a_stem_that_a_network_lacks_is_an_error() -> None:
 
 
 def test_unknown_model_is_an_error() -> None:
-    with pytest.raises(ValueError, match="resnet18, resnet50, vgg16, wrn16_8, got 'resnet19'"):
+    with pytest.raises(ValueError, match="resnet18, resnet50, vgg16, wrn16_8, wrn50_2, got 'resnet19'"):
         build_model("resnet19", 10, in_channels=3, stem="cifar")

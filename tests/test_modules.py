@@ -230,8 +230,9 @@ def test_second_derivatives_are_refused():
 # --- Steps and selections ---------------------------------------------------------------------------------------------
 
 
-def test_thresholds_are_selected_every_period_and_kept_in_between():
-    layer = SWATLinear(40, 10, sparsity=0.5, topk_period=3)
+@pytest.mark.parametrize("periods", [(3, 3), (1, 3), (4, 2), (2, 1)])
+def test_thresholds_are_selected_every_period_and_kept_in_between(periods):
+    layer = SWATLinear(40, 10, sparsity=0.5, weight_topk_period=periods[0], topk_period=periods[1])
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
     seen = []
     for step in range(8):
@@ -241,11 +242,26 @@ def test_thresholds_are_selected_every_period_and_kept_in_between():
         optimizer.step()
         optimizer.zero_grad()
     assert [steps for steps, _, _ in seen] == list(range(8))
-    for index in (1, 2):
+    for index, period in enumerate(periods, start=1):
         thresholds = [entry[index] for entry in seen]
-        groups = [set(thresholds[:3]), set(thresholds[3:6]), set(thresholds[6:])]
-        assert [len(group) for group in groups] == [1, 1, 1]
-        assert len(set(thresholds)) == 3
+        groups = [set(thresholds[first : first + period]) for first in range(0, 8, period)]
+        assert [len(group) for group in groups] == [1] * len(groups)
+        assert len(set(thresholds)) == len(groups)
+
+
+def test_a_new_period_counts_from_the_last_selection():
+    layer = SWATLinear(40, 10, sparsity=0.5, weight_topk_period=100, topk_period=100)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    ages = []
+    for step in range(6):
+        if step == 2:
+            layer.weight_topk_period = 4
+        if step == 3:
+            layer.topk_period = 3
+        layer(torch.randn(6, 40)).sum().backward()
+        ages.append(layer.steps_since_selection)
+        optimizer.step()
+    assert ages == [(0, 0), (1, 1), (2, 2), (3, 0), (0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -325,7 +341,13 @@ def test_a_new_sparsity_takes_effect_at_once():
     assert layer.activation_sparsity == 0.9
     layer.activation_sparsity = 0.25
     assert (layer.sparsity, layer.activation_sparsity) == (0.9, 0.25)
-    for name, value in (("sparsity", 1.0), ("activation_sparsity", -1), ("topk_period", 0), ("backend", "fast")):
+    for name, value in (
+        ("sparsity", 1.0),
+        ("activation_sparsity", -1),
+        ("topk_period", 0),
+        ("weight_topk_period", 0),
+        ("backend", "fast"),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             setattr(layer, name, value)
 
@@ -437,13 +459,16 @@ def test_from_dense_shares_the_parameters_and_keeps_the_rest():
     dense = nn.Conv2d(3, 4, 3, padding=1, bias=False).eval()
     calls = []
     dense.register_forward_hook(lambda *_: calls.append(1))
-    sparse = SWATConv2d.from_dense(dense, sparsity=0.5, activation_sparsity=0.25, topk_period=4, backend="dense")
+    sparse = SWATConv2d.from_dense(
+        dense, sparsity=0.5, activation_sparsity=0.25, topk_period=4, weight_topk_period=2, backend="dense"
+    )
     assert type(dense) is nn.Conv2d
     assert "_weights" not in vars(dense)
     assert sparse.weight is dense.weight
     assert sparse.bias is None
     assert not sparse.training
-    assert (sparse.sparsity, sparse.activation_sparsity, sparse.topk_period, sparse.backend) == (0.5, 0.25, 4, "dense")
+    assert (sparse.sparsity, sparse.activation_sparsity, sparse.backend) == (0.5, 0.25, "dense")
+    assert (sparse.topk_period, sparse.weight_topk_period) == (4, 2)
     sparse(torch.randn(1, 3, 4, 4))
     assert calls == [1]
     sparse.register_forward_hook(lambda *_: calls.append(2))

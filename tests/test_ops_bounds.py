@@ -37,7 +37,13 @@ def _calls() -> dict[str, dict[str, Any]]:
     packed = {"values": values, "mask": mask, "size": list(input.shape), "channels_last": False}
     return {
         "kth_magnitude": {"input": input, "k": 5},
-        "compress": {"input": input, "threshold": threshold, "keep": 700, "padded": True},
+        "compress": {"input": input, "threshold": threshold, "keep": 700, "room": 875},
+        "select": {
+            "input": input,
+            "threshold": threshold.clone(),
+            "state": torch.tensor([5, 3, 2, 1, 4]),
+            "room": 875,
+        },
         "take": {"input": input, "mask": mask, "count": values.numel()},
         "decompress": packed,
         "decompress_part": {**packed, "begin": 1, "end": 3},
@@ -126,6 +132,24 @@ _SIZES = {
 _OTHERS = {
     "k": {"0": 0, **_FEW, "above": 10**6},
     "keep": {"0": 0, **_FEW, "above": 10**6, "far above": _FAR},
+    "room": {**_FEW, "one more": 2881, "far above": _FAR},
+    "state": {
+        "four": torch.tensor([5, 3, 2, 1]),
+        "six": torch.tensor([5, 3, 2, 1, 4, 0]),
+        "empty": torch.tensor([], dtype=torch.int64),
+        "two dimensions": torch.tensor([[5, 3, 2, 1, 4]]),
+        "int32": torch.tensor([5, 3, 2, 1, 4], dtype=torch.int32),
+        "numbers": torch.tensor([5.0, 3.0, 2.0, 1.0, 4.0]),
+        "strided": torch.tensor([5, 3, 2, 1, 4]).repeat_interleave(2)[::2],
+        "a period of 0": torch.tensor([5, 3, 0, 1, 4]),
+        "a period below 0": torch.tensor([5, 3, -_FAR, 1, 4]),
+        "a budget of 0": torch.tensor([5, 3, 2, 0, 4]),
+        "a budget below 0": torch.tensor([5, 3, 2, -1, 4]),
+        "a budget of two numbers below 0": torch.tensor([5, 3, 2, -1, -4]),
+        "a budget above 1": torch.tensor([5, 3, 2, 5, 4]),
+        "a budget far above 1": torch.tensor([5, 3, 2, _FAR, 1]),
+        "a denominator of 0": torch.tensor([5, 3, 2, 1, 0]),
+    },
     "count": {**_FEW, "one fewer": 1000, "more than there are": 10**6, "far above": _FAR},
     "begin": {**_FEW, "after end": 4},
     "end": {**_FEW, "past the end": 4, "far past": _FAR},
@@ -140,7 +164,7 @@ def _table() -> list[tuple[str, str, str]]:
     rows = []
     for operator, arguments in _calls().items():
         for name, value in arguments.items():
-            alone = operator in ("kth_magnitude", "compress", "bias_grad", "decompress", "decompress_part")
+            alone = operator in ("kth_magnitude", "compress", "select", "bias_grad", "decompress", "decompress_part")
             if name.endswith("values"):
                 wrongs = [wrong for wrong in _bad_values(value) if not alone or wrong != "another dtype"]
             elif name.endswith("mask"):
@@ -151,6 +175,8 @@ def _table() -> list[tuple[str, str, str]]:
                 wrongs = ["int64", "half"] + ["smaller", "no dimensions"] * (not alone and operator != "conv2d")
             else:
                 wrongs = list({**_LISTS, **_OTHERS}.get(name, {}))
+                if operator == "select" and name == "threshold":
+                    wrongs.remove("double")  # under autocast an input has not the dtype of the weight
             rows += [(operator, name, wrong) for wrong in wrongs]
     return rows
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from fractions import Fraction
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +13,8 @@ from geometries import LAYOUTS, in_layout
 from torch import Tensor
 
 from swat_ext import functional, reference
+from swat_ext.ops import library as swat_ops
+from swat_ext.topology.budget import Budget
 
 DTYPES = (torch.float32, torch.float64)
 SIZES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 959, 960, 1023, 1024, 1025, 1087, 1088, 2047, 2048, 2049, 4095, 4096, 4097)
@@ -196,8 +199,12 @@ def test_take_refuses_what_does_not_fit() -> None:
 
 
 def _bounds(keep: int, numel: int) -> tuple[int, int]:
-    """Fewest and most elements that a selection of ``keep`` may hold: 4 / 5 and 5 / 4 of it, 64 elements of slack."""
-    return max(min(keep - keep // 5, keep - 64), 0), min(max(keep + keep // 4, keep + 64), numel)
+    """Fewest and most elements that a selection of ``keep`` may hold: 4 / 5 and 5 / 4 of it, or the slack of few.
+
+    That is a 64th of all elements, rounded up, at most 64.
+    """
+    slack = min(math.ceil(numel / 64), 64)
+    return max(min(keep - keep // 5, keep - slack), 0), min(max(keep + keep // 4, keep + slack), numel)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "small", "ties", "half zero", "all zero", "large", "NaN"])
@@ -216,6 +223,7 @@ def test_a_budget_is_kept_on_both_sides(kind: str, numel: int, isa: str, generat
     }[kind]
     for keep in {0, 1, numel // 10, numel // 2, numel} & set(range(min(numel, 1), numel + 1)):
         least, most = _bounds(keep, numel)
+        assert swat_ops.most_kept(keep, numel) == most
         for threshold in (0.0, 0.5, 1.2816, 3.0, torch.inf, torch.nan):
             stale = torch.tensor(threshold)
             passing = int((~(input.abs() < stale) & (input != 0)).sum())
@@ -226,17 +234,103 @@ def test_a_budget_is_kept_on_both_sides(kind: str, numel: int, isa: str, generat
             described = f"keep {keep}, threshold {threshold}, {passing} pass"
             assert_identical(mask, expected.mask, f"mask, {described}")
             assert_identical(values, expected.values, f"values, {described}")
-            padded, its_mask = torch.ops.swat_ext.compress(input, stale, keep=keep, padded=True)
-            assert padded.shape == (most,), described
-            kept = min(expected.values.numel(), most)
-            assert_identical(padded[:kept], expected.values[:kept], f"padded values, {described}")
-            assert not padded[kept:].any(), described
-            if kept == expected.values.numel():
-                assert_identical(its_mask, expected.mask, f"padded mask, {described}")
-            dense = torch.ops.swat_ext.decompress(padded, its_mask, [numel], False)
-            assert int((dense != 0).sum()) == kept, described
-            taken = torch.ops.swat_ext.take(input, its_mask, most)
-            assert_identical(taken, padded, f"taken, {described}")
+            padded = torch.ops.swat_ext.compress(input, stale, keep=keep, room=most)
+            _check_room(input, expected, padded, most, described)
+
+
+def _check_room(input: Tensor, expected: reference.Packed, got: tuple[Tensor, Tensor], room: int, what: str) -> None:
+    """Of ``expected``, packed into ``room`` values: the first of them that fit, and zeros."""
+    values, mask = got
+    what = f"{what}, room {room}"
+    assert values.shape == (room,), what
+    assert values.untyped_storage().nbytes() <= values.nbytes + 64, what
+    kept = min(expected.values.numel(), room)
+    assert_identical(values[:kept], expected.values[:kept], f"values, {what}")
+    assert not values[kept:].any(), what
+    first = reference.decompress(expected).flatten()
+    if kept < expected.values.numel():
+        first = first.where((first != 0).cumsum(0) <= room, 0)
+    assert_identical(mask, reference.compress(first.view(input.shape), 0.0).mask, f"mask, {what}")
+    dense = torch.ops.swat_ext.decompress(values, mask, list(input.shape), False)
+    assert_identical(dense, first.view(input.shape), f"unpacked, {what}")
+    assert_identical(torch.ops.swat_ext.take(input, mask, room), values, f"taken, {what}")
+
+
+@pytest.mark.parametrize("size", [(0,), (1,), (63,), (5000,), (3, 20, 7, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_room_is_the_length_whatever_is_kept(
+    size: tuple[int, ...], dtype: torch.dtype, isa: str, generator: torch.Generator
+) -> None:
+    """Less, as much and more than is kept, without a budget and with one, whose bounds it neither moves nor follows."""
+    input = torch.randn(size, dtype=dtype, generator=generator)
+    numel = input.numel()
+    if numel > 20:
+        input.view(-1)[5], input.view(-1)[-1] = torch.nan, torch.inf
+    for last in [False, True][: 1 + (len(size) == 4)]:
+        input = input.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        for threshold in (0.0, 0.7, 9.0, torch.nan):
+            stale = torch.tensor(threshold, dtype=dtype)
+            for keep in {None, min(numel, 1), numel // 3 or numel, numel}:
+                described = f"{last}, threshold {threshold}, keep {keep}"
+                limit = {} if keep is None else {"keep": keep}
+                free = reference.Packed(*torch.ops.swat_ext.compress(input, stale, **limit), input.shape)
+                if keep is None:
+                    assert_identical(free.mask, reference.compress(input, stale).mask, described)
+                kept = free.values.numel()
+                for room in {0, 1, kept // 2, kept - 1, kept, kept + 1, (kept + numel) // 2, numel} & {
+                    *range(numel + 1)
+                }:
+                    got = torch.ops.swat_ext.compress(input, stale, **limit, room=room)
+                    _check_room(input, free, got, room, described)
+
+
+@pytest.mark.parametrize("room", [None, 0, 7, 299, 300, 301, 900])
+def test_select_follows_its_state(room: int | None, isa: str, generator: torch.Generator) -> None:
+    """Steps, period and budget are read at each call; the step of the selection is written."""
+    threshold, state = torch.zeros(()), torch.tensor([4, -1, 3, 1, 3])
+    expected, selected = torch.zeros(()), -1
+    alone = 0
+    for steps, period, share in (
+        (4, 3, (1, 3)),
+        (6, 3, (1, 3)),
+        (7, 3, (2, 6)),
+        (8, 1, (1, 4)),
+        (9, 2, (1, 3)),  # too few pass for a budget that has grown: selected anew for this call alone
+        (9, 2, (1, 4)),
+        (9, 1, (1, 3)),
+    ):
+        input = torch.randn(900, generator=generator)
+        state[0], state[2], state[3:] = steps, period, torch.tensor(share)
+        keep = 900 * share[0] // share[1]
+        if selected < 0 or steps - selected >= period:
+            expected, selected = reference.kth_magnitude(input, keep), steps
+        described = f"step {steps}, period {period}, share {share}"
+        values, mask = torch.ops.swat_ext.select(input, threshold, state, room)
+        assert state.tolist() == [steps, selected, period, *share]
+        assert_identical(threshold, expected, described)
+        packed = reference.compress(input, expected)
+        least, most = _bounds(keep, 900)
+        if not least <= packed.values.numel() <= most:
+            alone += 1
+            packed = reference.compress(input, reference.kth_magnitude(input, keep))
+        if room is None:
+            assert_identical(values, packed.values, described)
+            assert_identical(mask, packed.mask, described)
+        else:
+            _check_room(input, packed, (values, mask), room, described)
+    assert (selected, alone) == (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator"), [(1, 1), (1, 3), (2**62 - 1, 2**62), (1, 2**62), (4 * 10**18, 4 * 10**18 + 3)]
+)
+def test_the_budget_of_a_state_is_rounded_up_from_any_fraction(numerator: int, denominator: int) -> None:
+    input = torch.arange(1.0, 1001.0)
+    keep = math.ceil(Fraction(numerator, denominator) * 1000)
+    assert keep == Budget(numerator, denominator).count(1000)
+    state = torch.tensor([0, -1, 1, numerator, denominator])
+    values, _ = torch.ops.swat_ext.select(input, torch.zeros(()), state, None)
+    assert_identical(values, input[1000 - keep :], "the largest")
 
 
 def test_results_own_their_memory(isa: str, generator: torch.Generator) -> None:

@@ -98,6 +98,13 @@ def _compressions() -> list[tuple[Any, ...]]:
     return [(_randn(1100), threshold), (strided, threshold), (_randn(3, 0), threshold), (_randn(9), threshold * 100)]
 
 
+def _budgeted() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """With a budget, with a length of its own, with both."""
+    weight, threshold = _randn(4, 6, 3, 3), torch.tensor(_THRESHOLD)
+    limits = [{"keep": 40}, {"room": 30}, {"room": 216}, {"keep": 40, "room": 50}, {"keep": 40, "room": 0}]
+    return [((weight, threshold), limit) for limit in limits]
+
+
 def _decompressions() -> list[tuple[Any, ...]]:
     packed = functional.compress(_randn(2, 3, 5, 7), _THRESHOLD)
     return [(packed.values, packed.mask, list(packed.size), last) for last in (False, True)] + [
@@ -121,9 +128,9 @@ def _selections() -> list[tuple[Any, ...]]:
     """A first selection, one that is due, one that is not, and thresholds that let too much and too little pass."""
     weight = _randn(4, 6, 3, 3)
     return [
-        (weight, torch.tensor(threshold), torch.tensor(clock), 40, 3, padded)
-        for clock, threshold in (([0, -1], 0.0), ([5, 0], 0.1), ([5, 4], 1.2), ([5, 4], 0.0), ([5, 4], 3.0))
-        for padded in (False, True)
+        (weight, torch.tensor(threshold), torch.tensor([*steps, 3, 5, 27]), room)
+        for steps, threshold in (([0, -1], 0.0), ([5, 0], 0.1), ([5, 4], 1.2), ([5, 4], 0.0), ([5, 4], 3.0))
+        for room in (None, 0, 20, 50, weight.numel())
     ]
 
 
@@ -218,6 +225,11 @@ def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.swat_ext, name).default
     for sample in _SAMPLES[name]():
         torch.library.opcheck(operator, sample)
+
+
+def test_opcheck_of_compress_with_a_budget_and_room() -> None:
+    for sample, limits in _budgeted():
+        torch.library.opcheck(torch.ops.swat_ext.compress.default, sample, limits)
 
 
 @pytest.mark.parametrize("backend", ["sparse", "dense"])

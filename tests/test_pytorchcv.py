@@ -28,7 +28,7 @@ def test_it_trains(name, options, side, generator):
     model = model_provider.get_model(name, **options)
     keys = list(model.state_dict())
     convolutions = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
-    result = swat_ext.sparsify_(model, swat_ext.SWATConfig(sparsity=0.8, topk_period=2))
+    result = swat_ext.sparsify_(model, swat_ext.SWATConfig(sparsity=0.8, topk_period=2, weight_topk_period=2))
     assert len(result.swapped) == convolutions - 1
     assert result.impossible == ()
     assert list(model.state_dict()) == keys

@@ -333,25 +333,62 @@ def test_a_model_that_only_evaluates_such_an_input_is_counted_by_that():
 
 def test_what_the_last_training_forward_kept_is_shown_where_known():
     model = nn.Sequential(nn.Linear(100, 10, bias=False), nn.Linear(10, 10))
-    sparsify_(model, SWATConfig(0.5, 0.8, skip=["1"], topk_period=5))
+    sparsify_(model, SWATConfig(0.5, 0.8, skip=["1"], topk_period=5, weight_topk_period=2))
     fresh = report(model)
     assert fresh.layers[0].realised_sparsity == (None, None)
     assert "realised" not in str(fresh).split("\n\n")[1]
     x = torch.randn(10, 100, generator=torch.Generator().manual_seed(0))
     x[:, 30:] = 0  # more zeros than asked for, that nobody counts as kept
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    for _ in range(2):
+    for _ in range(3):
         model(x).sum().backward()
         optimizer.step()
     sparse, dense = report(model).layers
     assert sparse.realised_sparsity[0] == pytest.approx(0.5, abs=0.02)
     assert sparse.realised_sparsity[1] == pytest.approx(0.8, abs=0.02)
-    assert sparse.steps_since_selection == (2, 2)
+    assert sparse.steps_since_selection == (1, 3)
     assert (dense.realised_sparsity, dense.steps_since_selection) == ((None, None), (None, None))
     header, _, first, *_ = str(report(model, (10, 100))).split("\n\n")[1].splitlines()
     assert header.split()[:5] == ["layer", "kind", "sparsity", "realised", "age"]
     assert first.split()[3] == "50/80%"
-    assert first.split()[5] == "2/2"
+    assert first.split()[5] == "1/3"
+
+
+def test_the_kept_weights_of_each_layer_are_shown_where_layers_differ():
+    def table(**config):
+        model = small_network()
+        sparsify_(model, SWATConfig(0.8, **config))
+        found = report(model)
+        return found, str(found).split("\n\n")[1].splitlines(), str(found)
+
+    found, lines, text = table()
+    assert lines[0].split() == ["layer", "kind", "sparsity", "kernels"]
+    assert "\nkept:" not in text
+    numels = [row.weights for row in found.layers]
+    assert numels == [432, 2304, 384, 1728, 1920]
+    counts = [432, 461, 77, 346, 384]
+    assert [row.kept_weights for row in found.layers] == counts
+    assert (found.weights, found.kept_weights) == (sum(numels), sum(counts))
+    assert found.sparsity == pytest.approx(1 - 1700 / 6768)
+
+    found, lines, text = table(distribution="erk")
+    assert lines[0].split() == ["layer", "kind", "sparsity", "kept", "kernels"]
+    assert "\nkept:" in text
+    kept = [row.kept_weights for row in found.layers]
+    assert sum(kept) == found.kept_weights == pytest.approx(0.2 * 6768, abs=5)
+    for row, line in zip(found.layers, lines[2:], strict=True):
+        share = f"{100 * row.kept_weights / found.kept_weights:.1f}".removesuffix(".0")
+        count = str(row.kept_weights) if row.kept_weights < 1000 else f"{row.kept_weights / 1000:.2f} k"
+        assert f"  {count} ({share}%)  " in line
+
+
+def test_a_weight_that_two_layers_share_counts_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].weight = model[0].weight
+    sparsify_(model, SWATConfig(0.75))
+    found = report(model)
+    assert [row.kept_weights for row in found.layers] == [16, 16, 8]
+    assert (found.weights, found.kept_weights) == (96, 24)
 
 
 def test_a_resnet_fits_120_columns():

@@ -103,11 +103,17 @@ def test_settings_of_each_layer_are_restored():
     for layer, sparsity in zip(sparse_layers(model), (0.1, 0.2, 0.3, 0.4), strict=True):
         layer.sparsity = sparsity
     sparse_layers(model)[1].activation_sparsity = 0.7
+    sparse_layers(model)[2].weight_topk_period = 6
+    sparse_layers(model)[3].topk_period = 2
     state = SWATScheduler(model, sgd(model)).state_dict()
     SWATScheduler(other, sgd(other)).load_state_dict(state)
     assert [layer.sparsity for layer in sparse_layers(other)] == [0.1, 0.2, 0.3, 0.4]
     assert [layer.activation_sparsity for layer in sparse_layers(other)] == [0.1, 0.7, 0.3, 0.4]
-    assert [layer.topk_period for layer in sparse_layers(other)] == [3] * 4
+    assert [layer.budget for layer in sparse_layers(other)] == [(9, 10), (4, 5), (7, 10), (3, 5)]
+    assert [layer.topk_period for layer in sparse_layers(other)] == [3, 3, 3, 2]
+    assert [layer.weight_topk_period for layer in sparse_layers(other)] == [4, 4, 6, 4]
+    sparse_layers(other)[0].sparsity = 0.6
+    assert [layer.activation_sparsity for layer in sparse_layers(other)] == [0.6, 0.7, 0.3, 0.4]  # it follows again
 
 
 def test_a_state_dict_does_not_change_when_training_goes_on():
@@ -130,7 +136,8 @@ def test_a_failed_load_changes_nothing():
     good = scheduler.state_dict()
     bad = copy.deepcopy(good)
     for layer in bad["layers"].values():
-        layer["sparsity"] = 0.1
+        layer["budget"], layer["ends"]["budget"], layer["topk_period"] = [9, 10], [9, 10], 7
+        layer["weight"]["steps"] = layer["activation"]["steps"] = 9
     bad["layers"]["9"]["shape"] = [1, 2]
     with pytest.raises(ValueError, match=r"layer '9': expected a weight of shape \(5, 384\), got \[1, 2\]"):
         scheduler.load_state_dict(bad)
@@ -157,7 +164,9 @@ def changed(layer, *path):
     [
         (lambda state: [1, 2], TypeError, "expected a mapping, got list"),
         (lambda state: {"lr": 0.1}, ValueError, r"keys \['format', 'layers'\] are missing"),
-        (lambda state: {**state, "format": 99}, ValueError, "expected format 2, got 99"),
+        (lambda state: {**state, "format": 99}, ValueError, "expected format 3, got 99"),
+        (lambda state: {**state, "format": 2}, ValueError, "expected format 3, got 2"),
+        (lambda state: {**state, "layers": [1]}, ValueError, "expected a mapping, got list"),
         (lambda state: {**state, "layers": {}}, ValueError, "missing: '3', '5', '7', '9'; not in the model: none"),
         (
             lambda state: {**state, "layers": {f"module.{name}": layer for name, layer in state["layers"].items()}},
@@ -171,8 +180,28 @@ def changed(layer, *path):
         ),
         (changed("3", "shape", 7), ValueError, "layer '3': expected a weight of shape .*, got 7"),
         (changed("3", "shape", [16, 16, 3, 3.5]), ValueError, "layer '3': expected a weight of shape"),
-        (changed("3", "sparsity", 1.0), ValueError, r"layer '3': sparsity: expected a number in \[0, 1\)"),
-        (changed("3", "topk_period", 0), ValueError, "layer '3': topk_period: expected"),
+        *[
+            (changed("3", *keys, value), ValueError, rf"layer '3': {': '.join(keys)}: expected a fraction in \(0, 1\]")
+            for keys in (("budget",), ("activation_budget",), ("ends", "budget"))
+            for value in ([0, 1], [-1, -2], [3, 2], [1, 0], [1, 2, 3], [1], 0.5, [0.5, 1], [True, 1], "12")
+        ],
+        (changed("3", "budget", None), ValueError, "layer '3': budget: expected a fraction"),
+        (changed("3", "ends", None), ValueError, "layer '3': ends: expected a mapping, got NoneType"),
+        (changed("3", "ends", {"budget": [1, 2]}), ValueError, r"layer '3': ends: .* \['topk_period'\] are missing"),
+        (changed("3", "ends", {"topk_period": 1}), ValueError, r"layer '3': ends: .* \['budget'\] are missing"),
+        *[
+            (changed("3", *keys, value), ValueError, rf"layer '3': .*{keys[-1]}: expected an integer of at least 1")
+            for keys in (("topk_period",), ("weight_topk_period",), ("ends", "topk_period"))
+            for value in (0, -1, 1.5, True, None)
+        ],
+        *[
+            (changed("3", "topology", value), ValueError, "topology: expected 'swat, unstructured, uniform', got")
+            for value in ("rigl, unstructured, uniform", "swat, kernel, uniform", "swat, unstructured, erk", None)
+        ],
+        *[
+            (changed("3", "momentum", value), ValueError, "momentum: expected a number of at least 0 or None, got")
+            for value in ("1", [1.0], -0.5, torch.tensor(1.0))
+        ],
         (changed("3", "backend", "fast"), ValueError, "layer '3': backend: expected"),
         (changed("3", "weight", None), ValueError, "layer '3': weight: expected a mapping, got NoneType"),
         (changed("3", "weight", "steps", -5), ValueError, "weight: steps: expected an integer of at least 0, got -5"),
@@ -187,8 +216,93 @@ def changed(layer, *path):
 def test_a_state_that_does_not_fit_is_refused(change, error, message):
     model = sparse_network()
     scheduler = SWATScheduler(model, sgd(model))
-    with pytest.raises(error, match=f"^state_dict: .*{message}"):
+    with pytest.raises(error, match=rf"^state_dict(\['layers'\])?: .*{message}"):
         scheduler.load_state_dict(change(scheduler.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["swat", "static"])
+def test_no_entry_may_be_missing(method):
+    model = sparse_network(method=method)
+    scheduler = SWATScheduler(model, sgd(model))
+    entries = list(scheduler.state_dict()["layers"]["5"])
+    assert len(entries) == 11
+    for missing in entries:
+        state = scheduler.state_dict()
+        del state["layers"]["5"][missing]
+        with pytest.raises(ValueError, match=rf"^state_dict: layer '5': .* keys \['{missing}'\] are missing"):
+            scheduler.load_state_dict(state)
+
+
+def first_bit(mask, kept):
+    """A copy of a pattern's mask whose lowest bit that is ``kept`` is turned over."""
+    copied = mask.clone()
+    for bit in range(64):
+        if bool(int(mask[0]) >> bit & 1) == kept:
+            copied[0] ^= 1 << bit
+            return copied
+    raise AssertionError("no such bit")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: None, "expected a mapping, got NoneType"),
+        (lambda held: {"mask": held["mask"], "steps": 0}, r"keys \['count'\] are missing"),
+        (lambda held: {"mask": held["mask"], "count": 461}, r"keys \['steps'\] are missing"),
+        (lambda held: {"threshold": torch.zeros(()), "steps": 0, "selected": -1}, r"keys \['count', 'mask'\] are"),
+        (lambda held: held | {"mask": None}, r"mask: expected int64 of shape \(39,\), got None"),
+        (lambda held: held | {"mask": held["mask"][:-1]}, r"mask: expected int64 .* got 'torch.int64 of shape \(38,\)"),
+        (lambda held: held | {"mask": held["mask"][None]}, r"mask: expected int64 .* of shape \(1, 39\)"),
+        (lambda held: held | {"mask": held["mask"].int()}, r"mask: expected int64 .* got 'torch.int32"),
+        (lambda held: held | {"mask": held["mask"].tolist()}, r"mask: expected int64 of shape \(39,\), got \["),
+        (lambda held: held | {"count": 460}, "mask and count do not go together"),
+        (lambda held: held | {"count": -1}, "count: expected an integer from 0 to 2304, got -1"),
+        (lambda held: held | {"count": 2305}, "count: expected an integer from 0 to 2304, got 2305"),
+        (lambda held: held | {"count": 461.0}, "count: expected an integer from 0 to 2304, got 461.0"),
+        (lambda held: held | {"count": None}, "count: expected an integer from 0 to 2304, got None"),
+        (lambda held: held | {"mask": first_bit(held["mask"], False)}, "mask and count do not go together"),
+        (lambda held: held | {"mask": first_bit(held["mask"], True)}, "mask and count do not go together"),
+        (lambda held: held | {"mask": held["mask"] * 0 - 1}, "mask and count do not go together"),
+        (lambda held: held | {"mask": held["mask"] * 0}, "mask and count do not go together"),
+        (lambda held: held | {"steps": -1}, "steps: expected an integer of at least 0, got -1"),
+        (lambda held: held | {"steps": 1.0}, "steps: expected an integer of at least 0, got 1.0"),
+        (lambda held: held | {"steps": True}, "steps: expected an integer of at least 0, got True"),
+    ],
+)
+def test_a_pattern_that_does_not_fit_is_refused(change, message):
+    model = sparse_network(method="static")
+    scheduler = SWATScheduler(model, sgd(model))
+    state = scheduler.state_dict()
+    before = copy.deepcopy(state)
+    assert state["layers"]["3"]["weight"]["count"] == 461
+    state["layers"]["3"]["weight"] = change(state["layers"]["3"]["weight"])
+    with pytest.raises(ValueError, match=f"^state_dict: layer '3': weight: .*{message}"):
+        scheduler.load_state_dict(state)
+    after = scheduler.state_dict()
+    for name, layer in before["layers"].items():
+        assert torch.equal(layer["weight"]["mask"], after["layers"][name]["weight"]["mask"])
+        assert layer["weight"]["count"] == after["layers"][name]["weight"]["count"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "expected"),
+    [
+        ({}, {"method": "set"}, "'swat, unstructured, uniform', got 'set, unstructured, uniform'"),
+        ({"method": "set"}, {"method": "static"}, "'set, .*, got 'static, "),
+        ({"granularity": "kernel"}, {}, "'swat, kernel, uniform', got 'swat, unstructured, uniform'"),
+        ({"granularity": "block"}, {"granularity": "block", "block_size": (4, 2)}, "block 8x1, .*, got .*block 4x2, "),
+        ({"distribution": "momentum"}, {"distribution": "erk"}, "unstructured, momentum', got .*unstructured, erk'"),
+    ],
+)
+def test_a_state_of_another_topology_is_refused(mine, theirs, expected):
+    def scheduler(skip=("0",), **config):
+        model = sparse_network(skip=skip, **config)
+        return SWATScheduler(model, sgd(model), total_steps=10)
+
+    state = scheduler(**theirs).state_dict()
+    with pytest.raises(ValueError, match=f"^state_dict: layer '3': topology: expected .*{expected}"):
+        scheduler(**mine).load_state_dict(state)
+    scheduler(**theirs).load_state_dict(state)
 
 
 def test_a_state_of_another_dtype_is_refused():

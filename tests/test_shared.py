@@ -43,7 +43,9 @@ class Block(nn.Module):
 def _network(**settings: object) -> Block:
     torch.manual_seed(0)
     model = Block()
-    swat_ext.sparsify_(model, SWATConfig(sparsity=0.8, backend="sparse", **{"topk_period": 3, **settings}))
+    swat_ext.sparsify_(
+        model, SWATConfig(sparsity=0.8, backend="sparse", **{"topk_period": 3, "weight_topk_period": 3, **settings})
+    )
     return model
 
 
@@ -102,7 +104,7 @@ def test_an_overflowing_threshold_is_shared_too(monkeypatch):
     for shared in (True, False):
         if not shared:
             _alone(monkeypatch)
-        model = _network(topk_period=50)
+        model = _network(topk_period=50, weight_topk_period=50)
         optimizer = sgd(model)
         data = batches(6)
         # Twice the size: the old threshold lets far too much pass.

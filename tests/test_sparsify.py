@@ -46,7 +46,8 @@ def test_layers_are_swapped_in_place_and_keep_everything():
     keys, flags = list(model.state_dict()), [module.training for module in model.modules()]
     calls = []
     handle = model[3].register_forward_hook(lambda module, *_: calls.append(type(module)))
-    result = sparsify_(model, SWATConfig(sparsity=0.8, activation_sparsity=0.5, topk_period=7, backend="dense"))
+    config = SWATConfig(0.8, 0.5, topk_period=7, weight_topk_period=2, backend="dense")
+    result = sparsify_(model, config)
 
     assert [id(module) for module in model.modules()] == [id(module) for module in modules]
     assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
@@ -60,7 +61,8 @@ def test_layers_are_swapped_in_place_and_keep_everything():
     assert result.swapped == ("3", "5", "7", "9")
     assert [type(model[index]) for index in (0, 3, 5, 7, 9)] == [nn.Conv2d, *[SWATConv2d] * 3, SWATLinear]
     for layer in sparse_layers(model):
-        assert (layer.sparsity, layer.activation_sparsity, layer.topk_period, layer.backend) == (0.8, 0.5, 7, "dense")
+        assert (layer.sparsity, layer.activation_sparsity, layer.backend) == (0.8, 0.5, "dense")
+        assert (layer.topk_period, layer.weight_topk_period) == (7, 2)
         assert layer.weight_threshold.dtype == torch.float64
         assert layer.steps == 0
 
@@ -68,7 +70,7 @@ def test_layers_are_swapped_in_place_and_keep_everything():
 def test_an_optimizer_made_before_works():
     dense = small_network()
     optimizer = sgd(dense)
-    sparsify_(dense, SWATConfig(sparsity=0.8, topk_period=3))
+    sparsify_(dense, SWATConfig(sparsity=0.8, topk_period=3, weight_topk_period=4))
     train(dense, optimizer, batches(5))
     other = sparse_network()
     train(other, sgd(other), batches(5))
@@ -227,7 +229,7 @@ def test_a_layer_on_the_meta_device_is_swapped():
     model.to_empty(device="cpu")
     model.load_state_dict(small_network().state_dict())
     train(model, sgd(model), batches(3))
-    other = sparse_network(topk_period=10)
+    other = sparse_network(topk_period=10, weight_topk_period=1)
     train(other, sgd(other), batches(3))
     assert_same_state(model, other)
 
@@ -408,7 +410,7 @@ def test_the_projection_of_an_attention_is_read_past_its_forward():
 
 
 def test_a_dense_copy_of_a_model_in_training_computes_what_evaluation_does():
-    model = sparse_network(topk_period=1000)
+    model = sparse_network(topk_period=1000, weight_topk_period=1000)
     train(model, sgd(model), batches(5))
     dense = to_dense(model)  # the thresholds are five steps old
     assert model.training

@@ -39,22 +39,24 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_every_optimizer_is_counted_and_thresholds_follow(name: str, accumulate: int) -> None:
-    model = sparse_network(topk_period=3)
+@pytest.mark.parametrize("weight_period", [1, 2])
+def test_every_optimizer_is_counted_and_thresholds_follow(name: str, accumulate: int, weight_period: int) -> None:
+    model = sparse_network(topk_period=3, weight_topk_period=weight_period)
     optimizer = OPTIMIZERS[name](model.parameters())
     ages = []
     for number in range(7):
         train(model, optimizer, batches(accumulate, first=accumulate * number), accumulate=accumulate)
         ages.append([layer.steps_since_selection for layer in sparse_layers(model)])
     assert steps(model) == [7] * 4
-    # Selected at the forwards after 0, 3 and 6 steps; looked at after the step.
-    assert ages == [[(age, age)] * 4 for age in (1, 2, 3, 1, 2, 3, 1)]
+    # Selected at the forwards after 0, 3 and 6 steps, weights at each or each second; looked at after the step.
+    weights = [number % weight_period + 1 for number in range(7)]
+    assert ages == [[pair] * 4 for pair in zip(weights, (1, 2, 3, 1, 2, 3, 1), strict=True)]
 
 
 def test_a_dead_layer_of_fused_adam_stays_alive() -> None:
     """The default of many trainers: fused, and nobody else counts."""
     torch.manual_seed(0)
-    layer = SWATLinear(64, 64, bias=False, sparsity=0.9)
+    layer = SWATLinear(64, 64, bias=False, sparsity=0.9, weight_topk_period=10)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=5.0, fused=True)
     for _ in range(200):
         layer(torch.randn(16, 64)).square().mean().backward()
@@ -173,7 +175,7 @@ def test_checkpoints_of_a_shared_layer_repeat_their_selections() -> None:
 
     def run(recompute: bool) -> SWATConv2d:
         torch.manual_seed(0)
-        layer = SWATConv2d(8, 8, 3, padding=1, sparsity=0.9, topk_period=3)
+        layer = SWATConv2d(8, 8, 3, padding=1, sparsity=0.9, topk_period=3, weight_topk_period=3)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
         for step in range(5):
             generator = torch.Generator().manual_seed(step)

@@ -13,17 +13,18 @@ def packing_and_convolutions(ops: Any, input: torch.Tensor, channels_last: bool)
     # Nearly everything passes the first threshold, and nothing the second: the device selects again.
     for stale in (0.1, 100.0):
         limit = torch.full((), stale, dtype=dtype, device=input.device)
-        for padded in (False, True):
-            packed = ops.compress(input, limit, keep=keep, padded=padded)
+        # Longer than what is kept last: a tail to clear. Before it shorter: bits to drop.
+        for room in (None, keep // 2, 2 * keep):
+            packed = ops.compress(input, limit, keep=keep, room=room)
     ops.compress(input, limit)
-    ops.select(input, limit, torch.tensor([0, -1]), keep, 1, True)
+    ops.select(input, limit, torch.tensor([0, -1, 1, 1, 10]), 2 * keep)
     ops.bias_grad(input, 1)
     ops.decompress(*packed, input.shape, channels_last)
     ops.decompress_part(*packed, input.shape, 1, 2, channels_last)
     for size, stride in (((70, 36, 3, 3), (2, 1)), ((70, 36, 1, 1), (2, 2)), ((2, 36, 3, 3), (1, 1))):
         weight = torch.randn(size, device=input.device).to(dtype)
         keep = weight.numel() // 10
-        kept = ops.compress(weight, ops.kth_magnitude(weight, keep), keep=keep, padded=True)
+        kept = ops.compress(weight, ops.kth_magnitude(weight, keep), keep=keep, room=2 * keep)
         # So wide in the last case that no pixel's input fits in shared memory.
         dilation = (1, 1) if size[0] > 2 else (100, 100)
         pad = size[2] // 2 * dilation[0]
@@ -32,7 +33,7 @@ def packing_and_convolutions(ops: Any, input: torch.Tensor, channels_last: bool)
         ops.conv2d_input_grad(output, *kept, size, input.shape, *geometry, channels_last)
     rows = torch.randn(5, 3, 36, device=input.device).to(dtype)
     weight = torch.randn(70, 36, device=input.device).to(dtype)
-    kept = ops.compress(weight, ops.kth_magnitude(weight, 200), keep=200, padded=True)
+    kept = ops.compress(weight, ops.kth_magnitude(weight, 200), keep=200, room=250)
     ops.linear_input_grad(ops.linear(rows, *kept, weight.shape, None), *kept, weight.shape)
 
 
@@ -61,7 +62,7 @@ def main(ops: Any = torch.ops.swat_ext, device: str = "cuda") -> None:
         # Planes of 32 bytes a pixel that take more than a block's tile: two passes.
         large = torch.randn(1, 20, 57, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         limit = torch.full((), 0.1, dtype=dtype, device=device)
-        ops.compress(large, limit, keep=large.numel() // 10, padded=True)
+        ops.compress(large, limit, keep=large.numel() // 10, room=large.numel() // 8)
 
 
 if __name__ == "__main__":

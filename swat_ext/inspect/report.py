@@ -27,8 +27,8 @@ __all__ = ["HeldByKind", "LayerReport", "Report", "report"]
 # Of the modules that call a function.
 _MOST_NAMES = 3
 _NOT_RUN = "Give input_size or example_inputs for FLOPs and bytes."
+_KEPT = "kept: weights that the budget keeps, and their share of all kept weights."
 _SHARES = """\
-kept: weights that the budget keeps, and their share of all kept weights.
 sparsity: zeros asked for in the weight / in the input kept for the weight gradient; realised: what the last training
 forward had; age: optimizer steps since the last selection."""
 _RUN = """\
@@ -149,8 +149,9 @@ class Report:
         title = f"{self.model}: {swapped} of {len(self.layers)} layers with weights train sparse"
         weights, gradients = human_bytes(self.parameter_bytes), human_bytes(self.gradient_bytes)
         dense = f"Dense as ever: parameters {weights}, their gradients {gradients}, momentum as much again."
+        kept = [_KEPT] * self._differs()
         if self.input_size is None:
-            return "\n".join([title, "", self._table(), "", *self._kernels(), dense, _SHARES, _NOT_RUN])
+            return "\n".join([title, "", self._table(), "", *self._kernels(), dense, *kept, _SHARES, _NOT_RUN])
         title += f"; one training step on input {'x'.join(map(str, self.input_size))}"
         flops = human_change(self.dense_flops, self.swat_flops)
         change = f"In all {flops} FLOPs, {human_change(self.dense_bytes, self.saved_bytes)} held."
@@ -158,13 +159,17 @@ class Report:
         unknown = ", ".join(layer.name for layer in self.layers if layer.calls and layer.dense_flops is None)
         notes = [f"Not called as a layer with such an input: {unreached}."] if unreached else []
         notes += [f"Not counted, of a kind unknown here: {unknown}."] if unknown else []
-        notes += [*self._held_outside(), dense, _SHARES, _RUN]
+        notes += [*self._held_outside(), dense, *kept, _SHARES, _RUN]
         return "\n".join([title, "", self._table(), "", change, *self._kernels(), *notes])
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in all weights of these layers together, those of dense layers included."""
         return 1 - self.kept_weights / self.weights if self.weights else 0.0
+
+    def _differs(self) -> bool:
+        """Whether the budget is shared unevenly: what each layer keeps does not follow from its size then."""
+        return len({row.sparsity for row in self.layers if row.sparse}) > 1
 
     def _kept(self, row: LayerReport) -> str:
         return f"{human_count(row.kept_weights)} ({human_share(row.kept_weights / max(1, self.kept_weights))})"
@@ -177,8 +182,9 @@ class Report:
             ("layer", "<", [row.name or "(model)" for row in rows], "total"),
             ("kind", "<", [row.kind + (f" ({row.calls} calls)" if (row.calls or 0) > 1 else "") for row in rows], ""),
             ("sparsity", ">", [human_shares(pair) for pair in shares], human_share(self.sparsity)),
-            ("kept", ">", [self._kept(row) for row in rows], human_count(self.kept_weights)),
         ]
+        if self._differs():
+            columns.append(("kept", ">", [self._kept(row) for row in rows], human_count(self.kept_weights)))
         if any(row.realised_sparsity != (None, None) for row in rows):
             columns.append(("realised", ">", [human_shares(row.realised_sparsity) for row in rows], ""))
         if any(row.steps_since_selection != (None, None) for row in rows):

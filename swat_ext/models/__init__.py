@@ -2,7 +2,7 @@
 
 from swat_ext.models.densenet import DenseNet, densenet121
 from swat_ext.models.registry import MODELS, STEMS, build_model
-from swat_ext.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
+from swat_ext.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50, wrn50_2
 from swat_ext.models.vgg import VGG, vgg16
 from swat_ext.models.wide_resnet import WideResNet, wrn16_8
 
@@ -21,4 +21,5 @@ __all__ = [
     "resnet50",
     "vgg16",
     "wrn16_8",
+    "wrn50_2",
 ]

@@ -11,6 +11,7 @@ __all__ = ["MODELS", "STEMS", "build_model"]
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
+    "wrn50_2": resnet.wrn50_2,
     "vgg16": vgg.vgg16,
     "wrn16_8": wide_resnet.wrn16_8,
     "densenet121": densenet.densenet121,
@@ -19,6 +20,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 STEMS: dict[str, tuple[str, ...]] = {
     "resnet18": resnet.STEMS,
     "resnet50": resnet.STEMS,
+    "wrn50_2": resnet.STEMS,
     "vgg16": vgg.STEMS,
     "wrn16_8": wide_resnet.STEMS,
     "densenet121": densenet.STEMS,

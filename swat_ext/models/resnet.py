@@ -1,4 +1,5 @@
-"""ResNet-18 and ResNet-50 (He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016).
+"""ResNet-18 and ResNet-50 (He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016), and
+WRN-50-2 (Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016).
 
 Two stems: ``"imagenet"`` is the paper's 7x7 stride-2 convolution and 3x3 stride-2 max-pool; ``"cifar"`` is a 3x3
 stride-1 convolution without pooling, for images of some 32 pixels. Shortcuts that change shape are 1x1 projections (the
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from swat_ext.models.parts import check_images, conv, initialise_, scaled_channels
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50"]
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50", "wrn50_2"]
 
 STEMS = ("cifar", "imagenet")
 
@@ -49,10 +50,12 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 and a shortcut: ``[N, in_channels, H, W]`` to ``[N, 4 * channels, H / stride, W / stride]``."""
 
     expansion: ClassVar[int] = 4
+    widening: ClassVar[int] = 1  # factor on the channels inside
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         out_channels = channels * self.expansion
+        channels *= self.widening
         self.conv1 = conv(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, stride)
@@ -68,6 +71,12 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
+
+
+class WideBottleneck(Bottleneck):
+    """With twice the channels inside."""
+
+    widening = 2
 
 
 class ResNet(nn.Module):
@@ -136,3 +145,9 @@ def resnet18(num_classes: int, *, in_channels: int = 3, stem: str = "cifar", wid
 def resnet50(num_classes: int, *, in_channels: int = 3, stem: str = "imagenet", width: float = 1.0) -> ResNet:
     """ResNet-50; arguments as in :class:`ResNet`. 25.6 million parameters with 1000 classes and the ImageNet stem."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+
+
+def wrn50_2(num_classes: int, *, in_channels: int = 3, stem: str = "imagenet", width: float = 1.0) -> ResNet:
+    """WRN-50-2; arguments as in :class:`ResNet`. 68.9 million parameters with 1000 classes and the ImageNet stem."""
+    blocks = (3, 4, 6, 3)
+    return ResNet(WideBottleneck, blocks, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)

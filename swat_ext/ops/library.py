@@ -59,6 +59,8 @@ def _compress(
 
 @torch.library.register_fake("swat_ext::select")
 def _(input: Tensor, threshold: Tensor, state: Tensor, room: int | None) -> tuple[Tensor, Tensor]:
+    if state.device.type != "cpu":
+        raise RuntimeError(f"state: expected the device cpu, got {state.device}")
     return _compress(input, threshold, room=room)
 
 

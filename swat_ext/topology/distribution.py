@@ -71,7 +71,7 @@ def by_momentum(means: Sequence[float], numels: Sequence[int], keep: float) -> l
 
 
 def momentum_of(weight: Tensor, optimizer: Optimizer, kept: Packed) -> Tensor:
-    """The mean magnitude of ``optimizer``'s momentum over the kept elements of ``weight``, 0-dim (spec: "Distribution").
+    """The mean magnitude of ``optimizer``'s momentum over the kept elements of ``weight``, a 0-dim tensor.
 
     SGD: ``momentum_buffer``; Adam and its kin: ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)``.
 

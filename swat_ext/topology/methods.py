@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "Method", "RigL", "SET", "Static", "method_of"]
+__all__ = ["METHODS", "SET", "Method", "RigL", "Static", "method_of"]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ class Largest(Selection):
         room = None
         if torch.compiler.is_compiling() or weight.device.type != "cpu":
             room = min(chosen.values.shape[0] * torch.Size(self.block).numel(), weight.numel())
-        values, mask = torch.ops.swat_ext.compress(masked, torch.zeros_like(self.threshold, dtype=weight.dtype), room=room)
+        values, mask = torch.ops.swat_ext.compress(
+            masked, torch.zeros_like(self.threshold, dtype=weight.dtype), room=room
+        )
         return Packed(values, mask, weight.shape)
 
     def stepped(self, weight: Tensor, optimizer: Optimizer) -> None:
@@ -149,7 +151,7 @@ class Held:
             self.clear(tensor)
 
     def adopt(self, weight: Tensor) -> None:
-        """Take the pattern from a weight that was loaded: its largest blocks, where it has too few also the old ones."""
+        """Take the pattern from a weight that was loaded: its largest blocks, and old ones where it has too few."""
         norms = block_norms(weight.detach(), self.block)
         before = block_norms(self.pattern.dense().float(), self.block) > 0
         scores = torch.where(norms != 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))

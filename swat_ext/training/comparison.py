@@ -1,4 +1,4 @@
-"""What the demo compares: a dense and a sparse training run, as measured."""
+"""What the demo compares: a dense and a sparse training run in the same time, as measured."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ class Outcome:
     Attributes:
         name: what to call it.
         layout: "channels_last" or "contiguous".
+        epochs: passes over the training set.
         test_accuracy: after the last epoch, in [0, 1].
         flops: training FLOPs of all steps, convolutions and classifier.
         step_ms: median milliseconds of a step: forward, backward and update.
@@ -25,6 +26,7 @@ class Outcome:
 
     name: str
     layout: str
+    epochs: int
     test_accuracy: float
     flops: float
     step_ms: float
@@ -49,6 +51,13 @@ class Comparison:
         return [
             ("test accuracy", f"{dense.test_accuracy:.1%}", f"{swat.test_accuracy:.1%}", f"{points:+.1f} points"),
             (
+                "time in training steps",
+                f"{dense.seconds[-1]:.0f} s",
+                f"{swat.seconds[-1]:.0f} s",
+                f"{100 * (swat.seconds[-1] / dense.seconds[-1] - 1):+.0f}%",
+            ),
+            ("epochs in that time", f"{dense.epochs}", f"{swat.epochs}", f"{swat.epochs / dense.epochs:.1f}x"),
+            (
                 "training FLOPs",
                 human_count(dense.flops),
                 human_count(swat.flops),
@@ -69,9 +78,17 @@ class Comparison:
             ),
         ]
 
+    @property
+    def verdict(self) -> str:
+        """In a sentence, whether the same time made the sparse network as accurate."""
+        points = 100 * (self.swat.test_accuracy - self.dense.test_accuracy)
+        if points >= 0:
+            return f"In the time of {self.dense.epochs} dense epochs {self.swat.name} is {points:.1f} points better."
+        return f"In the time of {self.dense.epochs} dense epochs {self.swat.name} is {-points:.1f} points behind."
+
     def __str__(self) -> str:
         header = ("", self.dense.name, self.swat.name, "")
-        return render(header, self.rows(), "<>><") + f"\n{self.conditions}"
+        return render(header, self.rows(), "<>><") + f"\n\n{self.verdict}\n{self.conditions}"
 
 
 def _times(before: float, after: float, better: str, worse: str) -> str:

@@ -45,23 +45,24 @@ def _losses(axes: Any, runs: tuple[tuple[Outcome, str], ...]) -> None:
     curves = [_smooth(run.losses, len(run.losses) // 40) for run, _ in runs]
     top = max(max(curve) for curve in curves)
     for (run, colour), curve in zip(runs, curves, strict=True):
-        steps = range(1, len(run.losses) + 1)
-        axes.plot(steps, run.losses, color=colour, alpha=0.22, linewidth=0.7)
-        axes.plot(steps, curve, color=colour, linewidth=2.2, label=run.name)
-    axes.set(title="Training loss by step", xlabel="optimizer step", ylabel="cross-entropy, nats")
+        seconds = [(step + 1) / len(run.losses) * run.seconds[-1] for step in range(len(run.losses))]
+        axes.plot(seconds, run.losses, color=colour, alpha=0.22, linewidth=0.7)
+        axes.plot(seconds, curve, color=colour, linewidth=2.2, label=run.name)
+    axes.set(title="Training loss by training time", xlabel="seconds spent in training steps", ylabel="nats")
     axes.set_ylim(0, 1.15 * top)
-    axes.set_xlim(0, len(runs[0][0].losses) + 1)
-    axes.legend(frameon=False, loc="best")
+    axes.set_xlim(0, None)
 
 
 def _accuracies(axes: Any, runs: tuple[tuple[Outcome, str], ...]) -> None:
     for run, colour in runs:
         percent = [100 * accuracy for accuracy in run.test_accuracies]
-        axes.plot(run.seconds, percent, color=colour, linewidth=2.2, marker="o", markersize=4.5, label=run.name)
-    axes.set(title="Test accuracy by training time", xlabel="seconds spent in training steps", ylabel="%")
+        label = f"{run.name}, {run.epochs} epochs"
+        axes.plot(run.seconds, percent, color=colour, linewidth=2.2, marker="o", markersize=4.5, label=label)
+        axes.axhline(percent[-1], color=colour, linewidth=0.8, linestyle=":")
+    axes.set(title="Test accuracy by training time", ylabel="%")
     axes.set_xlim(0, None)
     axes.set_ylim(0, None)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _bars(axes: Any, label: str, values: tuple[float, float], texts: tuple[str, str], change: str) -> None:
@@ -102,23 +103,25 @@ def draw(result: Comparison, path: Path) -> None:
     runs = ((dense, _DENSE), (swat, _SWAT))
     values = (
         (dense.test_accuracy, swat.test_accuracy),
+        (dense.seconds[-1], swat.seconds[-1]),
+        (float(dense.epochs), float(swat.epochs)),
         (dense.flops, swat.flops),
         (dense.step_ms, swat.step_ms),
         (float(dense.held_bytes), float(swat.held_bytes)),
     )
     with matplotlib.rc_context(_STYLE):
-        figure = figure_module.Figure(figsize=(11.5, 6.6), dpi=150, facecolor="white")
+        figure = figure_module.Figure(figsize=(11.5, 7.4), dpi=150, facecolor="white")
         columns = figure.add_gridspec(
             1, 2, width_ratios=(1.55, 1), left=0.062, right=0.975, top=0.86, bottom=0.165, wspace=0.23
         )
-        curves = columns[0].subgridspec(2, 1, hspace=0.52)
-        _losses(figure.add_subplot(curves[0]), runs)
-        _accuracies(figure.add_subplot(curves[1]), runs)
+        curves = columns[0].subgridspec(2, 1, hspace=0.38, height_ratios=(1.7, 1))
+        _accuracies(figure.add_subplot(curves[0]), runs)
+        _losses(figure.add_subplot(curves[1]), runs)
         bars = columns[1].subgridspec(len(values), 1, hspace=0.85)
         for i, ((label, *texts, change), pair) in enumerate(zip(result.rows(), values, strict=True)):
             axes = figure.add_subplot(bars[i])
             _bars(axes, label[0].upper() + label[1:], pair, (texts[0], texts[1]), change)
             axes.set_yticks((1, 0), (dense.name, swat.name))
-        figure.text(0.02, 0.935, f"{swat.name} against dense training", fontsize=16, fontweight="bold")
+        figure.text(0.02, 0.935, result.verdict, fontsize=15, fontweight="bold")
         figure.text(0.02, 0.028, result.conditions, fontsize=8.5, color="#5b636d", linespacing=1.5)
         figure.savefig(path, format="png")
