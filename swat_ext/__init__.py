@@ -3,6 +3,7 @@
 from swat_ext import functional
 from swat_ext._C import build_info
 from swat_ext.allocator import keep_freed_memory
+from swat_ext.batchnorm import update_batchnorm_
 from swat_ext.config import SWATConfig
 from swat_ext.inspect.profile import MemoryProfile, profile_memory
 from swat_ext.inspect.report import Report, report
@@ -34,6 +35,7 @@ __all__ = [
     "sparsify_",
     "to_dense",
     "tune_",
+    "update_batchnorm_",
 ]
 
 __version__: str = build_info()["version"]

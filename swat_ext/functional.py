@@ -106,7 +106,7 @@ def pattern(
     "Granularity"). A kept weight that is exactly 0 stays in the pattern.
 
     Args:
-        weight: ``[O, I, kh, kw]`` or ``[out, in]``, float32 or float64.
+        weight: ``[O, I, kh, kw]`` or ``[out, in]``, float32 or float64; of any shape if "unstructured".
         sparsity: fraction to drop, in [0, 1).
         granularity: "unstructured", "kernel", "filter" or "block"; "kernel" and "filter" of a matrix are unstructured.
         block_size: output and input channels of a "block", which covers them at one tap.
@@ -116,6 +116,8 @@ def pattern(
     """
     check_tensor("weight", weight)
     check_name("granularity", granularity)
+    if granularity != "unstructured" and weight.dim() not in (2, 4):
+        raise ValueError(f"weight: expected [O, I, kh, kw] or [out, in], got shape {tuple(weight.shape)}")
     block = block_of(granularity, weight.shape, check_block_size(block_size))
     norms = block_norms(weight.detach(), block)
     if not norms.numel():

@@ -1,6 +1,7 @@
 """What moves while a sparse network trains, and what a run needs to go on exactly where it stopped."""
 
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -125,8 +126,10 @@ class SWATScheduler:
         if not 0 < sum(means) < float("inf"):
             return
         numels = [layers[name].weight.numel() for name in firsts]
-        keep = sum(self._ramped(name, layers[name]).count(numel) for name, numel in zip(firsts, numels, strict=True))
-        counts = by_momentum(means, numels, keep)
+        # Not rounded up layer by layer: the shares are.
+        shares = [Fraction(*self._ramped(name, layers[name])) for name in firsts]
+        keep = sum(share * numel for share, numel in zip(shares, numels, strict=True))
+        counts = by_momentum(means, numels, float(keep))
         for names, count, numel in zip(owners.values(), counts, numels, strict=True):
             for name in names:
                 layers[name].set_budget(Budget.kept(count, numel))

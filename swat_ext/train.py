@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "data_dir": None,
     "image_size": None,
     "samples": None,
+    "validate": False,
     "model": "resnet18",
     "width": 1.0,
     "stem": None,
@@ -49,6 +50,8 @@ _DEFAULTS: dict[str, Any] = {
     "threads": None,
     "workers": 0,
 }
+# What versions without a setting did, for their checkpoints, where the default is another.
+_EARLIER: dict[str, Any] = {"batchnorm_batches": 0}
 _SPARSITY = 0.9
 _SPARSE = ("method", "distribution", "granularity", "block_size", "weight_topk_period", "skip", "batchnorm")
 _SPARSE_ONLY = ("sparsity", "activation_sparsity", *_SPARSE, "topk_period", "topk_warmup_epochs", "ramp")
@@ -94,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--image-size", type=int, metavar="N", help="for imagefolder (224) and synthetic (32)")
     data.add_argument("--samples", type=int, metavar="N", help="images an epoch, for textures and synthetic (8192)")
     data.add_argument("--workers", type=int, metavar="N", help="threads that prepare batches ahead (default: 0)")
+    data.add_argument(
+        "--validate",
+        action="store_true",
+        help="train on four fifths of the training images and test on the rest: settings are chosen without the "
+        "test set",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=list(MODELS), help="(default: resnet18)")
@@ -145,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--decay", type=float, metavar="X", help="factor at a milestone")
     recipe.add_argument("--warmup-epochs", type=float, metavar="N", help="over which the learning rate rises")
     recipe.add_argument("--label-smoothing", type=float, metavar="X")
+    recipe.add_argument(
+        "--batchnorm-batches",
+        type=int,
+        metavar="N",
+        help="training batches from which BatchNorm's statistics are estimated anew before each evaluation; 0: none",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 0)")
@@ -185,7 +200,7 @@ def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any], done: int) 
     """The settings of a checkpoint after ``done`` epochs; what was asked for must agree with them, but for the length
     of the run and what changes no result."""
     # A checkpoint of an earlier version does not have every setting.
-    settings = {**_DEFAULTS, **stored}
+    settings = {**_DEFAULTS, **_EARLIER, **stored}
     for name, value in asked.items():
         if name in _FREE:
             settings[name] = value
@@ -204,7 +219,8 @@ def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any], done: int) 
 
 def _default_out(settings: dict[str, Any]) -> Path:
     kind = "dense" if settings["dense"] else f"swat{100 * settings['sparsity']:g}"
-    return Path("runs") / f"{settings['data']}-{settings['model']}-{kind}-seed{settings['seed']}"
+    part = "-validation" if settings["validate"] else ""
+    return Path("runs") / f"{settings['data']}{part}-{settings['model']}-{kind}-seed{settings['seed']}"
 
 
 def _build(settings: dict[str, Any], data: Data) -> nn.Module:
@@ -227,6 +243,11 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
     return Recipe(**{**values, "milestones": tuple(values["milestones"])})
 
 
+def _test(settings: dict[str, Any]) -> str:
+    """What the network is tested on."""
+    return "validation" if settings["validate"] else "test"
+
+
 def _describe(settings: dict[str, Any], recipe: Recipe, data: Data, out: Path) -> str:
     unused = dict.fromkeys(("decay", "milestones"), recipe.schedule != "step")
     unused |= dict.fromkeys(("topk_period", "topk_warmup_epochs", "ramp"), settings["dense"])
@@ -236,7 +257,7 @@ def _describe(settings: dict[str, Any], recipe: Recipe, data: Data, out: Path) -
         if value not in ((), 0, False) and not unused.get(name)
     )
     return (
-        f"data     {data.name}: {data.train_size} training and {data.test_size} test images, "
+        f"data     {data.name}: {data.train_size} training and {data.test_size} {_test(settings)} images, "
         f"{'x'.join(map(str, data.shape))}, {data.num_classes} classes\n"
         f"recipe   {settings['recipe']}: {values}\n"
         f"run      seed {settings['seed']}, threads {torch.get_num_threads()}, torch {torch.__version__}, "
@@ -271,6 +292,8 @@ def _run(asked: dict[str, Any]) -> None:
     data = load_data(
         settings["data"], settings["data_dir"], image_size=settings["image_size"], samples=settings["samples"]
     )
+    if settings["validate"]:
+        data = data.validation()
     model = _build(settings, data)
     print(report(model, input_size=(recipe.batch_size, *data.shape)), end="\n\n")
     print(_describe(settings, recipe, data, out))
@@ -295,7 +318,7 @@ def _run(asked: dict[str, Any]) -> None:
     history = trainer.run()
     best = max(history, key=lambda record: float(record["test_accuracy"]))
     print(
-        f"\ntest accuracy {history[-1]['test_accuracy']:.2%} after {recipe.epochs} epochs "
+        f"\n{_test(settings)} accuracy {history[-1]['test_accuracy']:.2%} after {recipe.epochs} epochs "
         f"(best {best['test_accuracy']:.2%}, epoch {best['epoch']}); log and checkpoint in {out}"
     )
 

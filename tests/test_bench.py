@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from swat_ext import functional
-from swat_ext.data import load_data
+from swat_ext.data import Synthetic, load_data
 
 BENCH = Path(__file__).parents[1] / "bench"
 CONDITIONS = {"cpu", "isa", "threads", "torch", "freed_memory", "commit", "date"}
@@ -303,6 +303,7 @@ def test_the_largest_batch_is_found(load: Load, fixed: int, slope: float, start:
         ("memory", "--batch", "0", "expected integers of at least 1"),
         ("layers", "--out", ".", "--out: expected the path of a .json file"),
         ("accuracy", "--seeds", "0", "--seeds, --epochs: expected at least 1"),
+        ("batchnorm", "--planned", "399", "expected at least 1 and the last of --steps, got 2 and 399"),
     ],
 )
 def test_wrong_options_are_explained(
@@ -333,3 +334,47 @@ def test_accuracy(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "commit: " in text
     assert text.count("| digits ") == 4
     assert out.with_suffix(".png").stat().st_size > 5_000
+
+
+def test_batchnorm(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batchnorm = load("batchnorm")
+    monkeypatch.setattr(batchnorm, "Textures", lambda *sizes: Synthetic((1, 16, 16), 4, *sizes))
+    out = tmp_path / "batchnorm.json"
+    options = ["--quick", "--threads", "1", "--allocator", "default", "--out", str(out)]
+    batchnorm.main([*options, "--forms", "swat"])
+    batchnorm.main([*options, "--forms", "dense"])
+    rows = _rows(out)
+    assert [(row["form"], row["seed"], row["step"]) for row in rows] == [
+        *(("swat", 0, 2), ("swat", 0, 4)),
+        *(("dense", 0, 2), ("dense", 0, 4)),
+    ]
+    for row in rows:
+        assert row["conditions"].keys() >= CONDITIONS
+        assert list(row["accuracies"])[:3] == ["running, 0.1", "running, 0.3", "test batch"]
+        assert all(0 <= accuracy <= 1 for accuracy in row["accuracies"].values())
+        assert list(row["seconds"]) == ["5", "20", "50"]
+        assert all(seconds > 0 for seconds in (row["epoch_seconds"], *row["seconds"].values()))
+        # An epoch has three batches, whatever is asked for.
+        assert row["accuracies"]["5 batches"] == row["accuracies"]["50 batches"]
+    text = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| swat " in text
+    assert "Time of an estimate, % of an epoch" in text
+
+
+def test_averages_are_those_of_batchnorms_own_momentum(load: Load) -> None:
+    batchnorm = load("batchnorm")
+    models = {momentum: torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=momentum)) for momentum in (1.0, 0.1, 0.3)}
+    averages = batchnorm.Averages(models[1.0])
+    for step in range(4):
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step)) * (step + 1)
+        for model in models.values():
+            model(x)
+        averages.note()
+    for momentum in (0.1, 0.3):
+        averages.use(momentum)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(models[1.0][0], name), getattr(models[momentum][0], name))
+    model = models[1.0].eval()
+    with averages.none():
+        torch.testing.assert_close(model(x).mean((0, 2, 3)), torch.zeros(3))
+    assert model[0].running_mean is not None

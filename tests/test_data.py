@@ -156,6 +156,77 @@ def test_stratified_split_keeps_proportions() -> None:
     assert not torch.equal(stratified_split(labels, 0.2, "y")[1], test)
 
 
+# --- the validation part -------------------------------------------------------------------------------------------
+
+
+def test_a_validation_part_is_data_of_the_same_kind(data: Data, folder: Path) -> None:
+    before = list(data.test_batches(16))
+    if data.name == "cifar100":  # the folder's has an image of some classes
+        with pytest.raises(ValueError, match="expected at least 3 training images of a class"):
+            data.validation()
+        return
+    part = data.validation()
+    assert type(part) is type(data)
+    assert (part.name, part.shape, part.num_classes) == (data.name, data.shape, data.num_classes)
+    assert part.train_size <= data.train_size
+    assert _equal(part.test_batches(16), data.validation().test_batches(16))
+    assert not torch.equal(next(part.test_batches(2))[0], next(data.test_batches(2))[0])
+    assert _equal(data.test_batches(16), before)
+    assert _equal(data.train_batches(2, seed=0, epoch=0), _load(data.name, folder).train_batches(2, seed=0, epoch=0))
+    next(part.train_batches(2, seed=0, epoch=0))
+
+
+def test_validation_images_are_training_images_that_are_not_trained_on() -> None:
+    images = torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1)  # the pixel is the number of the image
+    labels = torch.arange(100) % 2
+    train, test = (images[:80], labels[:80]), (images[80:], labels[80:])
+    data = ArrayData("x", train, test, num_classes=2, mean=[0.5], std=[0.2], pad=0, flip=False)
+    part = data.validation()
+    assert torch.equal(torch.cat([part.train_images, part.test_images]).flatten().sort().values, images[:80].flatten())
+    assert (part.train_size, part.test_size) == (64, 16)
+    assert part.test_labels.bincount().tolist() == [8, 8]
+    assert torch.equal(part.test_images.flatten() % 2, part.test_labels)
+    assert torch.equal(data.test_images, images[80:])
+
+
+def test_validation_files_are_training_files_that_are_not_trained_on(folder: Path) -> None:
+    data = ImageFolder(folder, 16)
+    part = data.validation()
+    assert sorted(part._train + part._test) == sorted(data._train)
+    assert [label for _, label in part._test] == [0, 1]
+    assert (part.train_size, part.test_size) == (6, 2)
+
+
+def test_validation_patches_lie_between_training_patches_and_the_border(quiet_textures: Textures) -> None:
+    part = quiet_textures.validation()
+    labels = torch.arange(16).repeat(1000)
+    for label, picture in enumerate(_load_pictures()):
+        border = int(TRAIN_FRACTION * picture.shape[1])
+        inner = int(0.8 * border)
+        for train, low, high in ((True, 0, inner), (False, inner, border)):
+            _, left = part.corners(labels, train, keyed_generator("corners"))
+            columns = left[labels == label]
+            assert int(columns.min()) >= low
+            assert int(columns.max()) + part.patch <= high
+            assert int(columns.max()) - int(columns.min()) > 0.9 * (high - low - part.patch) - 1
+    with pytest.raises(ValueError, match="patch: expected from 1 to 54 to validate on textures, got 60"):
+        Textures(16, 16, patch=60).validation()
+
+
+def test_some_data_may_have_no_validation_part() -> None:
+    class Plain(Data):
+        name = "plain"
+
+        def train_batch(self, indices: torch.Tensor, generator: torch.Generator) -> Any:
+            raise AssertionError
+
+        def test_batch(self, indices: torch.Tensor) -> Any:
+            raise AssertionError
+
+    with pytest.raises(NotImplementedError, match="data 'plain' has no validation part"):
+        Plain().validation()
+
+
 # --- textures ------------------------------------------------------------------------------------------------------
 
 

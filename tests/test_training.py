@@ -37,7 +37,7 @@ from swat_ext.training import (
 )
 
 # What differs between two equal runs.
-_TIMES = ("step_ms", "seconds")
+_TIMES = ("step_ms", "seconds", "batchnorm_seconds")
 TINY = Recipe(epochs=4, batch_size=8, lr=0.05, schedule="cosine", warmup_epochs=1, topk_period=3)
 
 
@@ -159,6 +159,7 @@ def test_cosine_ends_near_zero() -> None:
         ("milestones", (3, 2)),
         ("milestones", (0,)),
         ("warmup_epochs", -1),
+        ("batchnorm_batches", -1),
     ],
 )
 def test_wrong_recipes_name_the_setting(field: str, value: Any) -> None:
@@ -236,7 +237,7 @@ def test_the_log_is_json_even_of_a_nan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_training_is_the_usual_loop(sparse: bool, memory_format: torch.memory_format) -> None:
     losses: list[float] = []
-    recipe = replace(TINY, epochs=3, label_smoothing=0.1)
+    recipe = replace(TINY, epochs=3, label_smoothing=0.1, batchnorm_batches=0)
     trainer = _trainer(
         sparse, recipe=recipe, memory_format=memory_format, on_step=lambda loss, seconds: losses.append(loss)
     )
@@ -523,6 +524,19 @@ def test_a_run_is_not_overwritten_nor_resumed_otherwise(tmp_path: Path, capsys: 
     assert train.main(["--out", out, "--resume", "--lr", "0.7"]) == 1
     assert "--lr: the run to resume has 0.05, got 0.7" in capsys.readouterr().err
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+def test_validation_leaves_the_test_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", "digits", "--width", "0.125", "--dense", "--epochs", "1", "--no-progress"]
+    out = tmp_path / "run"
+    pytest.importorskip("sklearn")
+    assert train.main([*arguments, "--validate", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "1151 training and 287 validation images" in printed
+    assert "\nvalidation accuracy" in printed
+    assert _log(out)[0]["config"]["validate"] is True
+    settings = {"data": "digits", "model": "vgg16", "dense": True, "seed": 0, "validate": True}
+    assert train._default_out(settings) == Path("runs/digits-validation-vgg16-dense-seed0")
 
 
 def test_an_older_checkpoint_has_the_defaults_of_later_settings(

@@ -1,5 +1,6 @@
 """Data sets that fit in memory as uint8 images: digits, mnist, cifar10 and cifar100."""
 
+import copy
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, check_count, stratified_split
+from swat_ext.data.base import VALIDATION_FRACTION, Batch, Data, check_count, stratified_split
 from swat_ext.data.extras import require
 
 __all__ = ["ArrayData", "cifar", "digits", "mnist"]
@@ -83,6 +84,17 @@ class ArrayData(Data):
 
     def test_batch(self, indices: Tensor) -> Batch:
         return self._normalise(self.test_images[indices]), self.test_labels[indices]
+
+    def validation(self) -> "ArrayData":
+        """A fixed fifth of each class of the training images is the test set; mean and deviation stay."""
+        train, test = stratified_split(self.train_labels, VALIDATION_FRACTION, f"{self.name} validation")
+        if not len(test):
+            raise ValueError(f"data {self.name!r}: expected at least 3 training images of a class to validate on")
+        other = copy.copy(self)
+        other.train_images, other.train_labels = self.train_images[train], self.train_labels[train]
+        other.test_images, other.test_labels = self.train_images[test], self.train_labels[test]
+        other.train_size, other.test_size = len(train), len(test)
+        return other
 
 
 def _grey(name: str, images: Tensor, labels: Tensor, *, pad: int) -> ArrayData:

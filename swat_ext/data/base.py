@@ -13,9 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Data", "check_count", "keyed_generator", "stratified_split"]
+__all__ = ["VALIDATION_FRACTION", "Batch", "Data", "check_count", "keyed_generator", "stratified_split"]
 
 Batch = tuple[Tensor, Tensor]
+
+# Share of the training images that Data.validation() takes.
+VALIDATION_FRACTION = 0.2
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -79,6 +82,15 @@ class Data(ABC):
     @abstractmethod
     def test_batch(self, indices: Tensor) -> Batch:
         """Test images ``indices`` (int64 ``[B]``): float32 ``[B, C, H, W]`` and int64 labels ``[B]``."""
+
+    def validation(self) -> "Data":
+        """The same data with another test set, cut from the training images, which lose it: settings are chosen on it,
+        and the test set stays unseen.
+
+        Raises:
+            NotImplementedError: this kind of data cannot.
+        """
+        raise NotImplementedError(f"data {self.name!r} has no validation part")
 
     def train_steps(self, batch_size: int) -> int:
         """Batches in an epoch: whole ones alone, unless there is not even one."""

@@ -1,5 +1,6 @@
 """Folders of images, one folder a class, as ImageNet is usually unpacked."""
 
+import copy
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, check_count
+from swat_ext.data.base import VALIDATION_FRACTION, Batch, Data, check_count, stratified_split
 from swat_ext.data.extras import require
 
 if TYPE_CHECKING:
@@ -128,6 +129,17 @@ class ImageFolder(Data):
     def test_batch(self, indices: Tensor) -> Batch:
         files = [self._test[i] for i in indices.tolist()]
         return torch.stack([self._test_image(path) for path, _ in files]), torch.tensor([label for _, label in files])
+
+    def validation(self) -> "ImageFolder":
+        """A fixed fifth of each class of the training images is the test set."""
+        labels = torch.tensor([label for _, label in self._train])
+        train, test = stratified_split(labels, VALIDATION_FRACTION, f"{self.name} validation")
+        if not len(test):
+            raise ValueError(f"data {self.name!r}: expected at least 3 training images of a class to validate on")
+        other = copy.copy(self)
+        other._train, other._test = ([self._train[i] for i in part.tolist()] for part in (train, test))
+        other.train_size, other.test_size = len(train), len(test)
+        return other
 
 
 def _random_box(width: int, height: int, random: Tensor) -> tuple[int, int, int, int]:

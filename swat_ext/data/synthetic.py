@@ -1,5 +1,7 @@
 """Synthetic images of any size, for timing and for tests: each class is a fixed random picture, seen through noise."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,7 @@ class Synthetic(Data):
         self.num_classes = num_classes
         self.shape = shape
         self.train_size, self.test_size = train_size, test_size
+        self._noise = "test"
         self._pictures = torch.randn(num_classes, *shape, generator=keyed_generator("synthetic", "pictures"))
 
     def _see(self, indices: Tensor, noise: Tensor) -> Batch:
@@ -47,5 +50,13 @@ class Synthetic(Data):
 
     def test_batch(self, indices: Tensor) -> Batch:
         # A generator an image, so that the test set does not depend on the size of the batches.
-        noise = [torch.randn(self.shape, generator=keyed_generator("synthetic", "test", i)) for i in indices.tolist()]
+        noise = [
+            torch.randn(self.shape, generator=keyed_generator("synthetic", self._noise, i)) for i in indices.tolist()
+        ]
         return self._see(indices, torch.stack(noise))
+
+    def validation(self) -> "Synthetic":
+        """Other noise in the test set."""
+        other = copy.copy(self)
+        other._noise = "validation"
+        return other

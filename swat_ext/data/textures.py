@@ -6,6 +6,7 @@ gives the answer away. Patches are cut from the left 70% of each picture for tra
 none crosses the border.
 """
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swat_ext.data.base import Batch, Data, check_count, keyed_generator
+from swat_ext.data.base import VALIDATION_FRACTION, Batch, Data, check_count, keyed_generator
 from swat_ext.data.extras import require
 
 __all__ = ["PICTURES", "Textures", "picture_folder"]
@@ -111,18 +112,34 @@ class Textures(Data):
         # All pictures in one row of pixels, so that one gather cuts a whole batch from them.
         self._pixels = torch.cat([picture.flatten() for picture in pictures])
         self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), (heights * widths).cumsum(0)[:-1]])
-        self._heights, self._widths, self._borders = heights, widths, borders
+        # Training patches end at the border, test patches at the end.
+        self._heights, self._borders, self._ends = heights, borders, widths
+        self._widths = widths
         self._test = self._cut(torch.arange(test_size), False, keyed_generator("textures", "test"))
 
     def corners(self, labels: Tensor, train: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random top rows and left columns (int64 ``[B]``) of patches that lie wholly in the training or in the test
         part."""
         first = torch.zeros_like(labels) if train else self._borders[labels]
-        last = (self._borders[labels] if train else self._widths[labels]) - self.patch
+        last = (self._borders if train else self._ends)[labels] - self.patch
         where = torch.rand(2, len(labels), dtype=torch.float64, generator=generator)
         top = (where[0] * (self._heights[labels] - self.patch + 1)).long()
         left = first + (where[1] * (last - first + 1)).long()
         return top, left
+
+    def validation(self) -> "Textures":
+        """Test patches from the right fifth of what the training part was, training patches from the rest of it.
+
+        Raises:
+            ValueError: a patch is wider than that fifth.
+        """
+        other = copy.copy(self)
+        other._ends, other._borders = self._borders, ((1 - VALIDATION_FRACTION) * self._borders).long()
+        narrowest = int((other._ends - other._borders).min())
+        if self.patch > narrowest:
+            raise ValueError(f"patch: expected from 1 to {narrowest} to validate on textures, got {self.patch}")
+        other._test = other._cut(torch.arange(self.test_size), False, keyed_generator("textures", "validation"))
+        return other
 
     def _cut(self, indices: Tensor, train: bool, generator: torch.Generator) -> Batch:
         labels = indices % self.num_classes

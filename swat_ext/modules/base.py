@@ -17,7 +17,7 @@ from swat_ext.topology import steps
 from swat_ext.topology.blocks import block_of
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.methods import Method, method_of
-from swat_ext.topology.selection import Selection, select_exactly
+from swat_ext.topology.selection import Selection
 from swat_ext.topology.sharing import shared
 from swat_ext.topology.weights import Held, Largest
 
@@ -316,7 +316,7 @@ class SWATLayer(nn.Module):
         def pack() -> Packed:
             if self.training:
                 return self._activations.select(input)
-            return select_exactly(input, self._activations.budget.count(input.numel()))[0]
+            return self._activations.select_once(input)
 
         if torch.compiler.is_compiling():
             return pack()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "Pattern", "pack"]
+__all__ = ["Packed", "Pattern", "pack", "take"]
 
 
 class Packed(NamedTuple):
@@ -59,5 +59,20 @@ class Pattern(NamedTuple):
 
 def pack(tensor: Tensor, pattern: Pattern) -> Packed:
     """The elements of ``tensor`` that ``pattern`` keeps, zeros too, packed without gradient."""
-    values = torch.ops.swat_ext.take(tensor.detach(), pattern.mask, pattern.kept)
-    return Packed(values, pattern.mask, pattern.size)
+    return Packed(take(tensor.detach(), pattern.mask, pattern.kept), pattern.mask, pattern.size)
+
+
+def take(tensor: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The elements of ``tensor`` whose bits are set in ``mask``, in logical order, ``[count]``."""
+    if tensor.device.type == "cuda":
+        return _take_by_place(tensor, mask, count)
+    return torch.ops.swat_ext.take(tensor, mask, count)
+
+
+def _take_by_place(tensor: Tensor, mask: Tensor, count: int) -> Tensor:
+    """:func:`take` where it is no operator; where ``mask`` has fewer bits than ``count``, the rest is zeros."""
+    ones = tensor.new_ones([count])
+    kept = (torch.ops.swat_ext.decompress(ones, mask, tensor.shape, False) != 0).flatten()
+    # What is not kept goes to a place behind all others.
+    place = torch.where(kept, kept.cumsum(0) - 1, count)
+    return tensor.new_zeros([count + 1]).scatter_(0, place, tensor.flatten())[:count]

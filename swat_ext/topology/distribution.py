@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from swat_ext.ops.packed import Packed
+from swat_ext.ops.packed import Packed, take
 
 __all__ = ["by_momentum", "cubic", "erk", "momentum_of"]
 
@@ -46,7 +46,7 @@ def erk(sizes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     ]
 
 
-def by_momentum(means: Sequence[float], numels: Sequence[int], keep: int) -> list[int]:
+def by_momentum(means: Sequence[float], numels: Sequence[int], keep: float) -> list[int]:
     """Weights that each layer keeps: in proportion to its mean magnitude of momentum (SWAT-M).
 
     ``ceil(m_l / sum(m) * keep)``. A layer that would pass 0.99 of its size is dense, and what it had too much is shared
@@ -55,7 +55,7 @@ def by_momentum(means: Sequence[float], numels: Sequence[int], keep: int) -> lis
     Args:
         means: of each layer, at least 0 and not all 0.
         numels: elements of each layer's weight.
-        keep: weights to keep in all.
+        keep: weights to keep in all; their sum passes it by less than the number of layers.
     """
     total = sum(means)
     kept = [mean / total * keep for mean in means]
@@ -81,7 +81,7 @@ def momentum_of(weight: Tensor, optimizer: Optimizer, kept: Packed) -> Tensor:
     state = optimizer.state.get(weight, {})
 
     def kept_of(name: str) -> Tensor:
-        return torch.ops.swat_ext.take(state[name], kept.mask, kept.values.shape[0])
+        return take(state[name], kept.mask, kept.values.shape[0])
 
     if isinstance(state.get("momentum_buffer"), Tensor):
         momentum = kept_of("momentum_buffer")

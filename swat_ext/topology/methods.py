@@ -1,7 +1,13 @@
 """Methods that keep a fixed number of weights in each layer, the others exactly zero, and now and then move some.
 
 For comparison with SWAT on the same kernels, and for those who prefer them. A method says how many kept weights to
-replace and which to grow; :class:`swat_ext.topology.Held` does the rest. Another one is a subclass::
+replace and which to grow; the layers do the rest. Another one is a subclass::
+
+    from dataclasses import dataclass
+
+    from swat_ext import SWATConfig, sparsify_
+    from swat_ext.topology import Method
+
 
     @dataclass(frozen=True)
     class GrowLikeNeighbours(Method):
@@ -9,6 +15,7 @@ replace and which to grow; :class:`swat_ext.topology.Held` does the rest. Anothe
 
         def growth(self, weight, gradient, generator):
             return gradient.abs().mean(0, keepdim=True).expand_as(weight)
+
 
     sparsify_(model, SWATConfig(0.9, method=GrowLikeNeighbours()))
 """
@@ -64,7 +71,7 @@ class Method:
         return self.fraction / 2 * (1 + math.cos(math.pi * progress / self.until)) if progress < self.until else 0.0
 
     def drop(self, weight: Tensor) -> Tensor:
-        """How much each weight is worth keeping; of the kept ones, those worth the least go."""
+        """How much each weight is worth keeping, at least 0; of the kept ones, those worth the least go."""
         return weight.abs()
 
     def growth(self, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:

@@ -104,6 +104,8 @@ class Selection:
         On the CPU the threshold of the last exact selection is tried first. It fits if exactly as many elements as are
         to be kept reach it: those are then the largest. On CUDA the host would have to wait for their number.
         """
+        if self.moves and torch.compiler.is_compiling():
+            return self.select_once(tensor)
         keep = self._budget.count(tensor.numel())
         if self._exact is not None and not _is_padded(tensor) and self._exact.dtype == tensor.dtype:
             values, mask = torch.ops.swat_ext.compress(tensor, self._exact)
@@ -113,6 +115,17 @@ class Selection:
         if not torch.compiler.is_compiling():
             self._exact = threshold
         return packed
+
+    def select_once(self, tensor: Tensor) -> Packed:
+        """The largest elements of ``tensor``, ties at the threshold all kept, leaving nothing behind."""
+        if self.moves and torch.compiler.is_compiling():
+            # The budget is read when the graph runs: as a number it would be a part of the graph.
+            state = self.state.clone()
+            state[_SELECTED] = _NEVER
+            threshold = torch.zeros_like(self.threshold)
+            values, mask = torch.ops.swat_ext.select(tensor, threshold, state, tensor.numel())
+            return Packed(values, mask, tensor.shape)
+        return select_exactly(tensor, self._budget.count(tensor.numel()))[0]
 
     def repeat(self, tensor: Tensor) -> Packed:
         """What the threshold as it stands selects of ``tensor``, whether a selection is due or not."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from swat_ext.ops.layout import is_channels_last
-from swat_ext.ops.packed import Packed, Pattern, pack
+from swat_ext.ops.packed import Packed, Pattern, pack, take
 from swat_ext.topology.blocks import Block, block_norms, spread
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.methods import Method
@@ -37,7 +37,8 @@ class Largest(Selection):
         if self.block is None:
             return choose(weight)
         packed = self._of_blocks(weight, choose(block_norms(weight, self.block)))
-        self.note(packed, weight)
+        if training:
+            self.note(packed, weight)
         return packed
 
     def as_it_is(self, weight: Tensor) -> Packed:
@@ -107,7 +108,7 @@ class Held:
         """Make ``tensor``, of the weight's shape, zero outside the pattern."""
         if not tensor.is_meta:
             with torch.no_grad():
-                values = torch.ops.swat_ext.take(tensor.detach(), self.pattern.mask, self.pattern.kept)
+                values = take(tensor.detach(), self.pattern.mask, self.pattern.kept)
                 last = is_channels_last(tensor)
                 tensor.copy_(torch.ops.swat_ext.decompress(values, self.pattern.mask, tensor.shape, last))
 
@@ -127,6 +128,8 @@ class Held:
             kept = block_norms(self.pattern.dense().float(), self.block) > 0
             number = int(share * int(kept.sum()))
             worth = block_norms(self.method.drop(weight.detach()), self.block)
+            # What is no number stays, as in SWAT: a diverging run must still show it.
+            worth = torch.where(worth.isnan(), torch.inf, worth)
             stay = kept & ~_largest((-worth).masked_fill(~kept, -torch.inf), number)
             growth = self.method.growth(weight.detach(), weight.grad, self._generator())
             # What was dropped just now may come back (RigL, algorithm 1).
@@ -139,7 +142,7 @@ class Held:
         """Take the pattern from a weight that was loaded: its largest blocks, and old ones where it has too few."""
         norms = block_norms(weight.detach(), self.block)
         before = block_norms(self.pattern.dense().float(), self.block) > 0
-        scores = torch.where(norms > 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))
+        scores = torch.where(norms != 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))
         self._hold(_largest(scores, self.budget.count(norms.numel())), weight)
         self.clear(weight)
 

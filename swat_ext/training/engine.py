@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from swat_ext.batchnorm import update_batchnorm_
 from swat_ext.data.base import Batch, Data
 from swat_ext.data.extras import require
 from swat_ext.modules import SWATLayer
@@ -86,8 +87,8 @@ def evaluate(
 
 
 class Trainer:
-    """Trains ``model`` on ``data`` by ``recipe``; after every epoch it evaluates, logs and, given ``out``, saves a
-    checkpoint.
+    """Trains ``model`` on ``data`` by ``recipe``; after every epoch it estimates the statistics of BatchNorm anew,
+    evaluates, logs and, given ``out``, saves a checkpoint.
 
     A run that is resumed from a checkpoint gives bit for bit what one without the break gives, on the same machine
     with the same number of threads: batches depend on (seed, epoch, batch) alone, and everything else is in
@@ -187,6 +188,7 @@ class Trainer:
             epoch = len(self.history)
             started = time.perf_counter()
             record = {"epoch": epoch + 1, **self._train_epoch(epoch)}
+            record["batchnorm_seconds"] = self._update_batchnorm(epoch)
             record["test_loss"], record["test_accuracy"] = evaluate(
                 self.model,
                 self.data,
@@ -201,6 +203,18 @@ class Trainer:
             if self.progress:
                 print(_line(record, self.recipe.epochs), flush=True)
         return self.history
+
+    def _update_batchnorm(self, epoch: int) -> float:
+        """Estimate the statistics of BatchNorm for the evaluation after ``epoch``; returns the seconds that it took."""
+        started = time.perf_counter()
+        if self.recipe.batchnorm_batches:
+            # Of the next epoch, so that the order and the augmentation are none that the weights have just met.
+            batches = self.data.train_batches(
+                self.recipe.batch_size, seed=self.seed, epoch=epoch + 1, workers=self.workers
+            )
+            ordered = (_to(batch, self.memory_format) for batch in batches)
+            update_batchnorm_(self.model, ordered, limit=self.recipe.batchnorm_batches)
+        return round(time.perf_counter() - started, 3)
 
     def _save(self) -> None:
         assert self.out is not None

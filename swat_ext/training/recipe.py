@@ -30,6 +30,8 @@ class Recipe:
         topk_period: optimizer steps from one selection of the kept activations to the next.
         topk_warmup_epochs: first epochs that select at every step.
         ramp: share of the run over which sparsity rises from 0; see :class:`swat_ext.SWATScheduler`.
+        batchnorm_batches: training batches from which BatchNorm's running statistics are estimated anew before each
+            evaluation, an epoch's at most, see :func:`swat_ext.update_batchnorm_`; 0 leaves the running averages.
 
     Raises:
         ValueError: a setting out of its range.
@@ -49,12 +51,13 @@ class Recipe:
     topk_period: int = 10
     topk_warmup_epochs: int = 0
     ramp: float = 0.0
+    batchnorm_batches: int = 20
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "topk_period"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "topk_warmup_epochs"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "topk_warmup_epochs", "batchnorm_batches"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         for name in ("momentum", "label_smoothing"):
