@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from swat_ext import SWATConfig, SWATConv2d, SWATLayer, SWATLinear, functional, reference, sparsify_
 
-SLACK = 64
+
+def slack(numel: int) -> int:
+    """Elements by which any budget may be missed: a 64th of all, at most 64."""
+    return min(-(-numel // 64), 64)
 
 
 def kept_weights(layer: SWATLinear) -> int:
@@ -34,8 +37,8 @@ def kept_activations(layer: nn.Module, x: Tensor) -> int:
     return sum(int((t != 0).sum()) for t in saved if t.is_floating_point() and t.data_ptr() not in parameters)
 
 
-def assert_within(kept: int, budget: int) -> None:
-    assert min(0.8 * budget, budget - SLACK) <= kept <= max(1.25 * budget, budget + SLACK), (kept, budget)
+def assert_within(kept: int, budget: int, numel: int) -> None:
+    assert min(0.8 * budget, budget - slack(numel)) <= kept <= max(1.25 * budget, budget + slack(numel)), (kept, budget)
 
 
 def exact_weight_grad(layer: SWATConv2d, x: Tensor, grad: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def test_weights_rewritten_after_a_forward_keep_their_budget(rewrite: Callable[[
     layer = SWATLinear(200, 50, bias=False, sparsity=0.8)
     assert kept_weights(layer) == 2000
     rewrite(layer)
-    assert_within(kept_weights(layer), 2000)
+    assert_within(kept_weights(layer), 2000, 10000)
 
 
 def test_other_parameters_by_functional_call_keep_the_budget() -> None:
@@ -98,7 +101,7 @@ def test_other_parameters_by_functional_call_keep_the_budget() -> None:
     for scale in (1e-3, 1.0, 1e3):
         weight = torch.randn(50, 200) * scale
         output = torch.func.functional_call(layer, {"weight": weight}, (torch.eye(200),))
-        assert_within(int((output != 0).sum()), 1000)
+        assert_within(int((output != 0).sum()), 1000, 10000)
 
 
 def test_a_large_learning_rate_moves_no_layer_off_its_budget() -> None:
@@ -111,7 +114,7 @@ def test_a_large_learning_rate_moves_no_layer_off_its_budget() -> None:
         model(torch.randn(64, 100)).square().mean().backward()
         optimizer.step()
         for layer in (model[0], model[2]):
-            assert_within(kept_weights(layer), 2000)
+            assert_within(kept_weights(layer), 2000, 10000)
 
 
 @given(
@@ -131,9 +134,9 @@ def test_any_sequence_of_scales_keeps_every_budget(
         there = int((x != 0).sum())
         budget = functional.keep_count(x.numel(), sparsity)
         kept = kept_activations(layer, x)
-        assert kept <= max(1.25 * budget, budget + SLACK)
+        assert kept <= max(1.25 * budget, budget + slack(x.numel()))
         # Exact zeros are not stored: where fewer elements differ from zero than the budget, all of those are kept.
-        assert kept >= min(there, 0.8 * budget, budget - SLACK)
+        assert kept >= min(there, 0.8 * budget, budget - slack(x.numel()))
 
 
 def test_a_threshold_that_is_not_a_number_is_replaced() -> None:
@@ -142,7 +145,7 @@ def test_a_threshold_that_is_not_a_number_is_replaced() -> None:
     with torch.no_grad():
         layer(torch.full((5, 100), torch.nan))
     x = torch.randn(50, 100)
-    assert_within(kept_activations(layer, x), 500)
+    assert_within(kept_activations(layer, x), 500, 5000)
 
 
 def test_selecting_for_one_call_leaves_the_threshold_for_the_next() -> None:

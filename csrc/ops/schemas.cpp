@@ -7,8 +7,7 @@ SWAT_LIBRARY(m) {
   m.def(
       "compress(Tensor input, Tensor threshold, *, SymInt? keep=None, SymInt? room=None) -> (Tensor values, Tensor "
       "mask)");
-  m.def(
-      "select(Tensor input, Tensor(a!) threshold, Tensor(b!) state, SymInt? room) -> (Tensor values, Tensor mask)");
+  m.def("select(Tensor input, Tensor(a!) threshold, Tensor(b!) state, SymInt? room) -> (Tensor values, Tensor mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(

@@ -13,10 +13,10 @@ namespace swat {
 
 // What a selection knows, int64 on the CPU whatever the device. It is a tensor, so that a compiled graph reads it anew at each call.
 struct SelectionState {
-  int64_t steps;        // optimizer steps made
-  int64_t selected;     // the step of the last selection, below 0 before the first
-  int64_t period;       // steps from one selection to the next
-  int64_t numerator;    // the budget, as a share of the elements
+  int64_t steps;      // optimizer steps made
+  int64_t selected;   // the step of the last selection, below 0 before the first
+  int64_t period;     // steps from one selection to the next
+  int64_t numerator;  // the budget, as a share of the elements
   int64_t denominator;
 
   bool is_due() const { return selected < 0 || steps - selected >= period; }
