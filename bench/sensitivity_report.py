@@ -101,8 +101,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
         setting = next(row["settings"] for row in rows if row["run"] == run)
         legend = "Mean test accuracy in % (best less worst seed); * for each seed whose loss was not finite."
         seconds = statistics.median(row["seconds"] for row in rows if row["run"] == run)
-        about = f"## {run}\n{_describe(setting)}; {seconds:.0f} s of processor time a run.\n{legend}"
-        parts += [about, _one_run(table, run)]
+        described = f"{_describe(setting)}; {seconds:.0f} s of processor time a run."
+        parts += [f"## {run}\n{described}\n{legend}", _one_run(table, run)]
     return "\n\n".join([*parts, "## Conditions\n" + common.describe(rows, lambda row: row["run"])])
 
 
