@@ -137,7 +137,10 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
         (lambda state: state["layers"]["3"].update(topology="set, unstructured, uniform"), "topology: expected 'rigl"),
         (lambda state: state["layers"]["3"].update(budget=[0, 5]), r"budget: expected a fraction in \(0, 1\]"),
         (lambda state: state["layers"]["3"]["ends"].update(budget=[6, 5]), "ends: budget: expected a fraction"),
-        (lambda state: state["layers"]["3"].update(momentum="large"), "momentum: expected a number or None"),
+        (
+            lambda state: state["layers"]["3"].update(momentum="large"),
+            "momentum: expected a number of at least 0 or None",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -301,7 +304,7 @@ def test_a_weight_that_two_layers_share_is_refused_and_nothing_is_changed() -> N
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight
     before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match=r"^method: 'set' holds a pattern a layer, and '0' and '1' share their weight"):
+    with pytest.raises(ValueError, match=r"^method: 'set' holds one pattern a layer, but '0' and '1' share a weight"):
         sparsify_(model, SWATConfig(0.5, method="set"))
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, before)

@@ -72,7 +72,7 @@ def mean_momentum(weight: Tensor, before: Tensor, count: int, state: dict[str, T
 @pytest.mark.parametrize("sparsity", [0.8, 0.3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_step_shares_the_budget_by_momentum(name: str, sparsity: float) -> None:
-    model = sparse_network(distribution="momentum", sparsity=sparsity)
+    model = sparse_network(distribution="momentum", sparsity=sparsity, weight_topk_period=1)
     layers, numels = sparse_layers(model), numels_of(model)
     assert len(layers) == 5  # the first convolution takes part
     optimizer = OPTIMIZERS[name](model)

@@ -36,7 +36,7 @@ def run(seed: int = 0, *, ramp: float = 0.5, topk_warmup: int = 0, **config: Any
 @pytest.mark.parametrize("ramp", [0.5, 0.7, 1.0, 0.01])
 @pytest.mark.parametrize("sparsity", [0.8, 0.99])
 def test_sparsity_rises_by_its_formula(ramp: float, sparsity: float) -> None:
-    model, _, _ = made = run(ramp=ramp, sparsity=sparsity)
+    model, _, _ = made = run(ramp=ramp, sparsity=sparsity, weight_topk_period=1)
     for step in range(TOTAL + 1):
         if step:
             train(model, made.o, batches(1, first=step))
