@@ -8,7 +8,8 @@ Each network of a row has a process of its own, and they take their steps in tur
 whole selection period (``--topk-period`` steps, each of which selects weights and one activations too), a dense time is
 that of the faster layout; both are medians over the rounds. Weights and saved activations have the same sparsity. Where
 the time goes is profiled afterwards, in steps that select activations and steps that do not, weighted as they occur;
-"rest" is what no category names, Python included. The C library keeps freed memory in all of the processes, or in none (``--allocator default``).
+"rest" is what no category names, Python included. The C library keeps freed memory in all of the processes, or in none
+(``--allocator default``).
 """
 
 import contextlib
