@@ -65,8 +65,9 @@ class SWATScheduler:
         self._total_steps, self._topk_warmup = total_steps, topk_warmup
         self._ramp_steps = ramp * (total_steps or 0)
         # What each layer has once its ramp and warm-up are over, and its momentum when it was last known.
-        self._budgets = {name: layer.budget for name, layer in layers.items()}
-        self._periods = {name: layer.topk_period for name, layer in layers.items()}
+        ends = {name: _end(layer) for name, layer in layers.items()}
+        self._budgets = {name: budget for name, (budget, _) in ends.items()}
+        self._periods = {name: period for name, (_, period) in ends.items()}
         self._momenta: dict[str, float] = {}
         for name, layer in layers.items():
             layer.driver = self
@@ -134,6 +135,17 @@ class SWATScheduler:
             for name in names:
                 layers[name].set_budget(Budget.kept(count, numel))
 
+    def end_of(self, layer: SWATLayer) -> tuple[Budget, int]:
+        """What ``layer`` will have once what moves is over: its budget, and its period of selecting activations."""
+        for name, other in _sparse_layers(self._model).items():
+            if other is layer and name in self._budgets:
+                rising, warming = layer.steps < self._ramp_steps, layer.steps < self._topk_warmup
+                return (
+                    self._budgets[name] if rising else layer.budget,
+                    self._periods[name] if warming else layer.topk_period,
+                )
+        return layer.budget, layer.topk_period
+
     # --- Resuming
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +158,9 @@ class SWATScheduler:
         """
         layers = {}
         for name, layer in _sparse_layers(self._model).items():
-            ends = {"budget": list(self._budgets[name]), "topk_period": self._periods[name]}
+            # A layer that was put in later has what it has.
+            budget, period = self._budgets.get(name, layer.budget), self._periods.get(name, layer.topk_period)
+            ends = {"budget": list(budget), "topk_period": period}
             layers[name] = layer.selection_state() | {"ends": ends, "momentum": self._momenta.get(name)}
         return {"format": FORMAT, "layers": layers}
 
@@ -174,6 +188,11 @@ class SWATScheduler:
 
 def _sparse_layers(model: nn.Module) -> dict[str, SWATLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SWATLayer)}
+
+
+def _end(layer: SWATLayer) -> tuple[Budget, int]:
+    """Where a layer is to end: as it is, unless another scheduler is not done with it."""
+    return layer.driver.end_of(layer) if isinstance(layer.driver, SWATScheduler) else (layer.budget, layer.topk_period)
 
 
 def _parameter_ids(optimizers: list[Any]) -> set[int]:

@@ -12,7 +12,7 @@ from networks import assert_same_state, batches, sgd, sparse_layers, sparse_netw
 from resuming import Run, assert_equal, assert_resumes, run_of
 from torch import nn
 
-from swat_ext import SWATScheduler
+from swat_ext import SWATLinear, SWATScheduler
 
 TOTAL = 12
 
@@ -132,6 +132,36 @@ def test_a_warmup_changes_what_is_learnt() -> None:
     every = run_of(0, topk_period=1)
     assert_equal(losses[1], train(every.m, every.o, batches(6)))
     assert not torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+
+
+def test_a_second_scheduler_takes_over_where_the_first_was_to_end() -> None:
+    """As where a cell of a notebook is run again, or an optimizer is replaced."""
+    once, twice = run(ramp=1.0, topk_warmup=6, topk_period=4), run(ramp=1.0, topk_warmup=6, topk_period=4)
+    for step in range(TOTAL):
+        if step in (0, 3):
+            SWATScheduler(nn.Sequential(twice.m), twice.o, total_steps=TOTAL, ramp=1.0, topk_warmup=6)
+        data = batches(1, first=step)
+        assert_equal(train(once.m, once.o, data), train(twice.m, twice.o, data))
+        assert counts_of(once.m) == counts_of(twice.m)
+    assert [layer.sparsity for layer in sparse_layers(twice.m)] == [0.8] * 4
+    assert [layer.topk_period for layer in sparse_layers(twice.m)] == [4] * 4
+    # Nothing moves any more, and what the user sets then counts.
+    sparse_layers(twice.m)[0].sparsity = 0.5
+    SWATScheduler(twice.m, twice.o)
+    train(twice.m, twice.o, batches(1))
+    assert sparse_layers(twice.m)[0].sparsity == 0.5
+
+
+def test_a_layer_that_is_put_in_later_is_in_the_state() -> None:
+    made = run()
+    made.m.append(SWATLinear(5, 5, sparsity=0.5))
+    made.o.add_param_group({"params": list(made.m[10].parameters())})
+    train(made.m, made.o, batches(7))
+    state = made.s.state_dict()
+    assert state["layers"]["10"]["ends"] == {"budget": [1, 2], "topk_period": 10}
+    made.s.load_state_dict(state)
+    train(made.m, made.o, batches(1))
+    assert made.m[10].sparsity == 0.5
 
 
 # --- Resumed, compiled ------------------------------------------------------------------------------------------------

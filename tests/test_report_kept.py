@@ -66,8 +66,8 @@ def test_uniform_with_a_dense_layer_by_hand() -> None:
     assert found.kept_weights == 368
     assert found.swat_flops == pytest.approx(6 * (MACS[0] + 0.1 * MACS[1] + 0.1 * MACS[2]))
     rows = table(str(found))
-    assert rows["0"][2:4] == ["-", "216 (58.7%)"]
-    assert rows["total"][1:3] == ["78.8%", "368"]
+    assert rows["0"][2] == "-"
+    assert rows["total"][1] == "78.8%"
 
 
 @pytest.mark.parametrize(

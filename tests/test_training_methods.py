@@ -16,7 +16,7 @@ from swat_ext.data import Synthetic
 from swat_ext.topology import METHODS, SET, RigL
 from swat_ext.training import CHECKPOINT, LOG, Recipe, Trainer, load_checkpoint
 
-_TIMES = ("step_ms", "seconds")
+_TIMES = ("step_ms", "seconds", "batchnorm_seconds")
 _ARGUMENTS = [
     *("--data", "synthetic", "--width", "0.125"),
     *("--batch-size", "8", "--epochs", "2", "--no-progress"),
