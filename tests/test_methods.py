@@ -362,7 +362,6 @@ def test_a_layer_of_a_network_in_float32_with_every_kind_of_layer_trains() -> No
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.xfail(strict=True, reason="a threshold of all elements is their least magnitude, and is then reused")
 def test_activations_that_are_to_stay_dense_do() -> None:
     torch.manual_seed(0)
     layer = SWATLinear(40, 6, bias=False, sparsity=0.5, activation_sparsity=0.0, topk_period=10, method="static")

@@ -42,10 +42,13 @@ std::tuple<Tensor, Tensor> select_by_state(const Tensor& input, Tensor& threshol
   STD_TORCH_CHECK(now.numerator > 0 && now.numerator <= now.denominator, "state: expected a budget in (0, 1], got ",
                   now.numerator, " / ", now.denominator);
   const int64_t keep = now.keep(input.numel());
-  if (input.numel() > 0 && now.is_due()) {
+  if (keep == input.numel()) {
+    // Exactly dense, whatever comes before the next selection: the least magnitude of today would drop smaller ones.
+    torch::stable::zero_(threshold);
+  } else if (now.is_due()) {
     torch::stable::copy_(threshold, kth_magnitude(input, keep));
-    words[1] = now.steps;
   }
+  if (input.numel() > 0 && now.is_due()) words[1] = now.steps;
   // Under autocast an input may have another dtype than the weight, whose the threshold has.
   const bool same = threshold.scalar_type() == input.scalar_type();
   const Tensor limit = same ? threshold : torch::stable::to(threshold, input.scalar_type());
