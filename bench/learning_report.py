@@ -28,9 +28,10 @@ _SUFFIXES = {"d": ", activations dense", "erk": ", ERK"}
 _METHODS = ("static90", "set90", "rigl90")
 
 _READING = """\
-Accuracy is that on the test set after the last epoch, in percent; a mean is over all seeds, and the spread beside it
-is from the least to the most. Differences are in points, seed by seed, over the seeds that both sides have: each pair
-starts from the same weights where shapes agree, and sees the same batches. A run that diverged counts as guessing.
+Accuracy is that on the test set (8,192 patches of textures) after the last epoch, in percent; a mean is over all
+seeds, and the spread beside it is from the least to the most. Differences are in points, seed by seed, over the seeds
+that both sides have: each pair starts from the same weights where shapes agree, and sees the same batches. A run that
+diverged counts as guessing.
 FLOPs are those of forward, input gradient and weight gradient, counted by `report`. Seconds are those of steps, which
 were measured in turns in one run (`times.json`) beside the dense network in its faster layout; the estimate of
 BatchNorm's statistics and the evaluation after each epoch, alike for all, are not in them."""
