@@ -99,7 +99,7 @@ class SWATConfig:
         block_size: output and input channels of a "block".
         topk_period: optimizer steps from one selection of an activation's threshold to the next, at least 1. Published:
             10 or 20 for CIFAR, 5 for ImageNet.
-        weight_topk_period: the same of a weight's. Selecting weights is cheap, and at each step they learn more.
+        weight_topk_period: the same of a weight's. 1 keeps the budget of weights exactly, for some 3% of a step's time.
         skip: name patterns (:mod:`fnmatch`, case matters) of layers to leave dense. None leaves the first convolution
             dense under "uniform", as the paper does, and none under "erk" and "momentum"; an empty tuple leaves none. A
             layer without weights that a pattern matches stays PyTorch's own.
