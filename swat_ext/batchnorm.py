@@ -17,12 +17,12 @@ def update_batchnorm_(model: nn.Module, batches: Iterable[Any], *, limit: int = 
     While the kept weights move fast, running averages describe networks of earlier steps, and evaluation is wrongly
     low. Here they become the mean over the batches of each batch's mean and unbiased variance, as
     :func:`torch.optim.swa_utils.update_bn` makes them, for the network that is evaluated: all but the BatchNorms is in
-    evaluation mode, so that sparse layers select exactly and keep their thresholds and clocks, and dropout drops
+    evaluation mode, so that sparse layers select exactly and keep their thresholds and counts of steps, and dropout drops
     nothing. No gradients are made.
 
-    Every subclass of PyTorch's BatchNorm that tracks running statistics takes part, one that is frozen in evaluation
-    mode too. One that ``forward`` does not reach keeps its statistics. Modes and momenta are afterwards as before.
-    ``num_batches_tracked`` is too, so that what follows in training does not depend on this call; but where momentum
+    Every subclass of PyTorch's BatchNorm that tracks running statistics takes part, but one that is frozen: in
+    evaluation mode inside of a model in training mode. One that ``forward`` does not reach keeps its statistics. Modes
+    and momenta are afterwards as before. ``num_batches_tracked`` is too, so that what follows in training does not depend on this call; but where momentum
     is None it becomes the number of forwards here, for the cumulative average goes on from them.
 
     Args:
@@ -40,7 +40,11 @@ def update_batchnorm_(model: nn.Module, batches: Iterable[Any], *, limit: int = 
             any error in ``model`` or ``batches`` the statistics are as before.
     """
     _check_arguments(model, batches, limit)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and _statistics(module)]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and _statistics(module) and not (model.training and not module.training)
+    ]
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]

@@ -4,15 +4,17 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from swat_ext.config import check_period
 from swat_ext.modules import SWATLayer
 from swat_ext.scheduler_state import FORMAT, check_state
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.distribution import by_momentum, cubic, momentum_of
 from swat_ext.topology.methods import method_of
-from swat_ext.topology.weights import Held, check_whole
+from swat_ext.topology.weights import check_whole
 
 __all__ = ["SWATScheduler"]
 
@@ -23,7 +25,7 @@ class SWATScheduler:
     Layers count the steps of their optimizer on their own, by torch's hook on all optimizers; after each the scheduler
     does what is due: it raises sparsity, shares the budget by momentum (``distribution="momentum"``), and lets methods
     replace weights. With its state_dict beside those of model and optimizer, loaded in any order, training continues
-    bit for bit. Nobody need hold it: the layers do.
+    bit for bit. Nobody need hold it: layers that it moves do.
 
     Args:
         model: a module that has sparse layers.
@@ -31,7 +33,8 @@ class SWATScheduler:
             ``param_groups``, such as accelerate's, will do.
         total_steps: optimizer steps of the whole training; needed for ``ramp`` and for methods that replace weights.
         ramp: share of ``total_steps``, in [0, 1], over which sparsity rises from 0 to what the layers have now, as
-            ``1 - (1 - t)^3`` (Zhu and Gupta, arXiv 1710.01878). 0 starts at full sparsity.
+            ``1 - (1 - t)^3`` (Zhu and Gupta, arXiv 1710.01878), that of activations with it where they follow their
+            weights. 0 starts at full sparsity. A layer that no optimizer has is at its end from the start.
         topk_warmup: first optimizer steps that select activations at every step (paper, section 3).
 
     Raises:
@@ -64,16 +67,14 @@ class SWATScheduler:
         self._model = model
         self._total_steps, self._topk_warmup = total_steps, topk_warmup
         self._ramp_steps = ramp * (total_steps or 0)
-        # What each layer has once its ramp and warm-up are over, and its momentum when it was last known.
-        ends = {name: _end(layer) for name, layer in layers.items()}
-        self._budgets = {name: budget for name, (budget, _) in ends.items()}
-        self._periods = {name: period for name, (_, period) in ends.items()}
-        self._momenta: dict[str, float] = {}
-        for name, layer in layers.items():
-            layer.driver = self
-            if self._ramp_steps or layer.distribution == "momentum":
+        for layer in layers.values():
+            # A layer that no optimizer steps would stay at the beginning for ever.
+            steps = layer.steps if id(layer.weight) in owned else None
+            moves = steps is not None and (ramp > 0 or topk_warmup > 0 or layer.needs_driver)
+            layer.driver = self if moves else None
+            if moves and (ramp or layer.distribution == "momentum"):
                 layer.let_budgets_move()
-            self._set(name, layer)
+            self._bring(layer, steps)
 
     @property
     def steps(self) -> int:
@@ -84,67 +85,74 @@ class SWATScheduler:
 
     def drive(self, layers: list[SWATLayer], optimizer: Optimizer) -> None:
         """Do what is due after a step of ``optimizer`` on the weights of ``layers``; called by the hook."""
-        moved = set(layers)
-        named = {name: layer for name, layer in _sparse_layers(self._model).items() if layer in moved}
-        for name, layer in named.items():
-            # A layer that no gradient has reached yet has no momentum either.
-            if layer.distribution == "momentum" and layer.weight.grad is not None:
-                check_whole(layer.weight, "distribution 'momentum'")
-                self._momenta[name] = float(momentum_of(layer.weight, optimizer, layer.kept_weight()))
-            if isinstance(layer._weights, Held) and self._total_steps is not None:
-                layer._weights.update(layer.weight, optimizer, self._total_steps)
-        for name, layer in named.items():
-            self._set(name, layer)
-        self._share()
+        self._note_momenta(layers, optimizer)
+        for layer in layers:
+            self._bring(layer, layer.steps)
+            if self._total_steps is not None:
+                layer.update_pattern(optimizer, self._total_steps)
+        if any(layer.momentum is not None for layer in layers):
+            self._share()
 
-    def _set(self, name: str, layer: SWATLayer) -> None:
-        """Bring a layer's period and budget to the step that it is at."""
-        if layer.steps < self._topk_warmup:
-            layer.topk_period = 1
-        elif layer.steps == self._topk_warmup:
-            layer.topk_period = self._periods[name]
-        if self._ramp_steps and name not in self._momenta:
-            layer.set_budget(self._ramped(name, layer))
+    def _bring(self, layer: SWATLayer, steps: int | None) -> None:
+        """Bring a layer's period and budget to where they are after so many steps; None is the end."""
+        layer.set_period(1 if steps is not None and steps < self._topk_warmup else layer.end_period)
+        if layer.momentum is None:
+            layer.set_budget(self._ramped(layer, steps))
 
-    def _ramped(self, name: str, layer: SWATLayer) -> Budget:
+    def _ramped(self, layer: SWATLayer, steps: int | None) -> Budget:
         """The layer's own budget, less far on if its ramp is not over."""
-        budget = self._budgets[name]
-        if layer.steps >= self._ramp_steps:
+        budget = layer.end_budget
+        if steps is None or steps >= self._ramp_steps:
             return budget
         numel = layer.weight.numel()
-        dropped = cubic(layer.steps / self._ramp_steps) * (numel - budget.count(numel))
+        dropped = cubic(steps / self._ramp_steps) * (numel - budget.count(numel))
         return Budget.kept(numel - int(dropped), numel)
+
+    def _note_momenta(self, layers: list[SWATLayer], optimizer: Optimizer) -> None:
+        # A layer that no gradient has reached yet has no momentum either.
+        found = [layer for layer in layers if layer.distribution == "momentum" and layer.weight.grad is not None]
+        for layer in found:
+            check_whole(layer.weight, "distribution 'momentum'")
+        means = [momentum_of(layer.weight, optimizer, layer.kept_weight()) for layer in found]
+        # Together, so that a device is waited for once.
+        for layer, mean in zip(found, torch.stack(means).tolist() if means else (), strict=True):
+            layer.momentum = mean
 
     def _share(self) -> None:
         """Share what the layers under "momentum" keep together by their momenta, a weight that several have once."""
-        layers = {name: layer for name, layer in _sparse_layers(self._model).items() if name in self._momenta}
-        owners: dict[int, list[str]] = {}
-        for name, layer in layers.items():
-            owners.setdefault(id(layer.weight), []).append(name)
-        firsts = [names[0] for names in owners.values()]
-        means = [self._momenta[name] for name in firsts]
+        owners: dict[int, list[SWATLayer]] = {}
+        for layer in _sparse_layers(self._model).values():
+            if layer.momentum is not None:
+                owners.setdefault(id(layer.weight), []).append(layer)
+        firsts = [layers[0] for layers in owners.values()]
+        means = [layer.momentum or 0.0 for layer in firsts]
         # Without any momentum there is nothing to go by, and what is not finite is a diverged run's.
         if not 0 < sum(means) < float("inf"):
             return
-        numels = [layers[name].weight.numel() for name in firsts]
+        numels = [layer.weight.numel() for layer in firsts]
         # Not rounded up layer by layer: the shares are.
-        shares = [Fraction(*self._ramped(name, layers[name])) for name in firsts]
+        shares = [Fraction(*self._ramped(layer, layer.steps)) for layer in firsts]
         keep = sum(share * numel for share, numel in zip(shares, numels, strict=True))
         counts = by_momentum(means, numels, float(keep))
-        for names, count, numel in zip(owners.values(), counts, numels, strict=True):
-            for name in names:
-                layers[name].set_budget(Budget.kept(count, numel))
+        for layers, count, numel in zip(owners.values(), counts, numels, strict=True):
+            for layer in layers:
+                layer.set_budget(Budget.kept(count, numel))
 
-    def end_of(self, layer: SWATLayer) -> tuple[Budget, int]:
-        """What ``layer`` will have once what moves is over: its budget, and its period of selecting activations."""
-        for name, other in _sparse_layers(self._model).items():
-            if other is layer and name in self._budgets:
-                rising, warming = layer.steps < self._ramp_steps, layer.steps < self._topk_warmup
-                return (
-                    self._budgets[name] if rising else layer.budget,
-                    self._periods[name] if warming else layer.topk_period,
-                )
-        return layer.budget, layer.topk_period
+    def copy_to(self, model: nn.Module) -> None:
+        """Give the sparse layers of ``model`` the budgets, patterns and thresholds that those of this one have now.
+
+        For a copy whose weights follow this model's, such as an average of weights (EMA, SWA), before it is evaluated:
+        what moves is in no parameter and in no buffer.
+
+        Args:
+            model: with sparse layers of the same names, settings and shapes, such as ``AveragedModel(...).module``.
+
+        Raises:
+            TypeError, ValueError: another kind of model; nothing is copied.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        _load(self.state_dict(), model)
 
     # --- Resuming
 
@@ -152,17 +160,12 @@ class SWATScheduler:
         """What decides the next selections beside the weights; ``torch.load(weights_only=True)`` reads it.
 
         Returns:
-            ``format``, and ``layers``: for each name its weight's shape, budgets, periods, topology and backend, where
-            they will end, and for weight and activation the threshold or pattern, the count of steps and the step of
-            the last selection.
+            ``format``, and ``layers``: for each name its weight's shape, budgets and periods now and at the end,
+            topology, backend and momentum, and for weight and activation the threshold or pattern, the count of steps
+            and the step of the last selection.
         """
-        layers = {}
-        for name, layer in _sparse_layers(self._model).items():
-            # A layer that was put in later has what it has.
-            budget, period = self._budgets.get(name, layer.budget), self._periods.get(name, layer.topk_period)
-            ends = {"budget": list(budget), "topk_period": period}
-            layers[name] = layer.selection_state() | {"ends": ends, "momentum": self._momenta.get(name)}
-        return {"format": FORMAT, "layers": layers}
+        layers = _sparse_layers(self._model)
+        return {"format": FORMAT, "layers": {name: layer.selection_state() for name, layer in layers.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where another scheduler's :meth:`state_dict` was taken; the layers' settings come from it too.
@@ -174,25 +177,18 @@ class SWATScheduler:
             TypeError: not a mapping. ValueError: not such a state_dict, or one of a model with other layers; nothing
             is loaded.
         """
-        layers = _sparse_layers(self._model)
-        check_state(state_dict, layers)
-        for name, layer in layers.items():
-            state = state_dict["layers"][name]
-            layer.load_selection_state(state)
-            self._budgets[name] = Budget(*state["ends"]["budget"])
-            self._periods[name] = state["ends"]["topk_period"]
-            self._momenta.pop(name, None)
-            if state["momentum"] is not None:
-                self._momenta[name] = state["momentum"]
+        _load(state_dict, self._model)
+
+
+def _load(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    layers = _sparse_layers(model)
+    check_state(state_dict, layers)
+    for name, layer in layers.items():
+        layer.load_selection_state(state_dict["layers"][name])
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, SWATLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SWATLayer)}
-
-
-def _end(layer: SWATLayer) -> tuple[Budget, int]:
-    """Where a layer is to end: as it is, unless another scheduler is not done with it."""
-    return layer.driver.end_of(layer) if isinstance(layer.driver, SWATScheduler) else (layer.budget, layer.topk_period)
 
 
 def _parameter_ids(optimizers: list[Any]) -> set[int]:
@@ -216,13 +212,10 @@ def _as_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _check_plan(layers: dict[str, SWATLayer], total_steps: Any, ramp: Any, topk_warmup: Any) -> None:
-    for name, value, least in (("total_steps", total_steps, 1), ("topk_warmup", topk_warmup, 0)):
-        if value is None and name == "total_steps":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an integer of at least {least}, in optimizer steps, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, in optimizer steps, got {value!r}")
+    if total_steps is not None:
+        check_period("total_steps", total_steps)
+    if topk_warmup != 0:
+        check_period("topk_warmup", topk_warmup)
     if isinstance(ramp, bool) or not isinstance(ramp, (int, float)):
         raise TypeError(f"ramp: expected a number in [0, 1], the share of total_steps, got {ramp!r}")
     if not 0 <= ramp <= 1:

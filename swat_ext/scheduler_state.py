@@ -31,20 +31,18 @@ def check_state(state_dict: Any, layers: Mapping[str, SWATLayer]) -> None:
 
 
 def _check_layer(where: str, state: Any, layer: SWATLayer) -> None:
-    state = _entries(where, state, {*layer.selection_state(), "ends", "momentum"})
+    state = _entries(where, state, set(layer.selection_state()))
     if not isinstance(state["shape"], (list, tuple)) or list(state["shape"]) != list(layer.weight.shape):
         raise ValueError(f"{where}: expected a weight of shape {tuple(layer.weight.shape)}, got {state['shape']!r}")
     if state["topology"] != layer.topology_name:
         raise ValueError(f"{where}: topology: expected {layer.topology_name!r}, got {state['topology']!r}")
-    ends = _entries(f"{where}: ends", state["ends"], {"budget", "topk_period"})
-    _check_budget(f"{where}: budget", state["budget"])
-    _check_budget(f"{where}: ends: budget", ends["budget"])
+    for name in ("budget", "end_budget"):
+        _check_budget(f"{where}: {name}", state[name])
     if state["activation_budget"] is not None:
         _check_budget(f"{where}: activation_budget", state["activation_budget"])
     try:
-        check_period("topk_period", state["topk_period"])
-        check_period("topk_period", ends["topk_period"])
-        check_period("weight_topk_period", state["weight_topk_period"])
+        for name in ("topk_period", "end_period", "weight_topk_period"):
+            check_period(name, state[name])
         check_name("backend", state["backend"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -144,7 +144,7 @@ def sparsify_(model: nn.Module, config: SWATConfig) -> Sparsified:
         reasons = "\n".join(_lines(by_choice + impossible)) or "  it has no nn.Conv2d and no nn.Linear"
         raise ValueError(f"model: no layer would become sparse:\n{reasons}")
 
-    _check_shared(targets, config)
+    _check_shared(model, targets, config)
     budgets = _budgets(targets, config)
     for number, (layer, budget) in enumerate(zip(targets, budgets, strict=True)):
         _swap(layer.module, config, number, budget)
@@ -293,16 +293,19 @@ def _skipped(layers: list[Surveyed], around: dict[nn.Module, list[str]], config:
     return skipped
 
 
-def _check_shared(targets: list[Surveyed], config: SWATConfig) -> None:
-    """Two patterns on one weight would undo each other."""
+def _check_shared(model: nn.Module, targets: list[Surveyed], config: SWATConfig) -> None:
+    """What is zero in one layer would be zero wherever else its weight is used."""
     if config.method == "swat":
         return
-    owners: dict[int, str] = {}
+    users: dict[int, list[str]] = {}
+    for module, names in _names(model).items():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(names[0])
     for layer in targets:
-        other = owners.setdefault(id(layer.module.weight), layer.name)
-        if other != layer.name:
+        shared = users[id(layer.module.weight)]
+        if len(shared) > 1:
             raise ValueError(
-                f"method: {config.method!r} holds one pattern a layer, but {other!r} and {layer.name!r} share a weight"
+                f"method: {config.method!r} makes weights zero, but {shared[0]!r} and {shared[1]!r} share theirs"
             )
 
 

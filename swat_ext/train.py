@@ -126,13 +126,16 @@ def _parser() -> argparse.ArgumentParser:
         help="what one decision keeps or drops (default: unstructured)",
     )
     sparse.add_argument(
-        "--block-size", type=int, nargs=2, metavar=("O", "I"), help="channels of a block (default: 8 1)"
+        "--block-size", type=int, nargs=2, metavar=("O", "I"), help="channels of a 'block' (default: 8 1)"
     )
     sparse.add_argument(
         "--ramp", type=float, metavar="X", help="share of the run over which sparsity rises (default: 0)"
     )
     sparse.add_argument(
-        "--skip", nargs="*", metavar="PATTERN", help="names of layers to leave dense (default: the first convolution)"
+        "--skip",
+        nargs="*",
+        metavar="PATTERN",
+        help="names of layers to leave dense (default: the first convolution if uniform)",
     )
     sparse.add_argument("--batchnorm", choices=BATCHNORMS, help="what BatchNorm keeps for backward (default: exact)")
     sparse.add_argument("--backend", choices=["auto", "sparse", "dense"], help="kernels (default: auto)")
@@ -182,7 +185,9 @@ def _new_settings(asked: dict[str, Any]) -> dict[str, Any]:
         for name in _SPARSE_ONLY:
             if name in asked:
                 raise ValueError(f"--{name.replace('_', '-')}: has no meaning with --dense")
-    elif settings["sparsity"] is None:
+    elif "block_size" in asked and settings["granularity"] != "block":
+        raise ValueError("--block-size: has a meaning with --granularity block alone")
+    if not settings["dense"] and settings["sparsity"] is None:
         settings["sparsity"] = _SPARSITY
     settings["recipe"] = settings["recipe"] or recipe_for(settings["data"])
     recipe = RECIPES[settings["recipe"]]
@@ -218,7 +223,10 @@ def _resumed_settings(stored: dict[str, Any], asked: dict[str, Any], done: int) 
 
 
 def _default_out(settings: dict[str, Any]) -> Path:
-    kind = "dense" if settings["dense"] else f"swat{100 * settings['sparsity']:g}"
+    kind = "dense" if settings["dense"] else f"{settings['method']}{100 * settings['sparsity']:g}"
+    for name in ("distribution", "granularity"):
+        if not settings["dense"] and settings[name] != _DEFAULTS[name]:
+            kind += f"-{settings[name]}"
     part = "-validation" if settings["validate"] else ""
     return Path("runs") / f"{settings['data']}{part}-{settings['model']}-{kind}-seed{settings['seed']}"
 

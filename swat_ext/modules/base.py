@@ -68,31 +68,36 @@ class SWATLayer(nn.Module):
     distribution = "uniform"
     driver: _Driver | None = None
 
-    def _set_up(self, budget: Budget, number: int = 0, **options: Unpack[LayerOptions]) -> None:
+    def _set_up(self, budget: Budget, number: int | None = None, **options: Unpack[LayerOptions]) -> None:
         """Make an initialised dense layer, already of this class, sparse.
 
-        ``number`` is that of the layer in its model, for random patterns; the options are checked.
+        ``number`` is that of the layer in its model, for random patterns, or one of torch's random numbers; the options
+        are checked.
         """
         options = {**_DEFAULTS, **options}
         activation_sparsity = options["activation_sparsity"]
         self._follows = activation_sparsity is None
         self._backend = options["backend"]
-        self.method, self.granularity = options["method"], options["granularity"]
-        self.block_size = check_block_size(options["block_size"])
+        self._method, self._granularity = options["method"], options["granularity"]
+        self._block_size = check_block_size(options["block_size"])
         self._weight_topk_period = options["weight_topk_period"]
+        # Where a scheduler is to bring them, and what it last knew of the momentum.
+        self._end_budget, self._end_period = budget, options["topk_period"]
+        self._momentum: float | None = None
         kept = budget if activation_sparsity is None else Budget.of(activation_sparsity)
         self._activations = Selection(self.weight, kept, options["topk_period"])
-        self._number = number
-        self._weights = self._topology(budget)
+        self._weights = self._topology(budget, number)
         self._settle()
         steps.follow(self)
 
-    def _topology(self, budget: Budget) -> Largest | Held:
+    def _topology(self, budget: Budget, number: int | None) -> Largest | Held:
         block = block_of(self.granularity, self.weight.shape, self.block_size)
         method = method_of(self.method)
         if method is None:
             return Largest(self.weight, budget, self._weight_topk_period, block)
-        held = Held(self.weight, budget, method, block, self._number)
+        if number is None:
+            number = int(torch.randint(2**31, ()))
+        held = Held(self.weight, budget, method, block, number)
         held.clear(self.weight)
         return held
 
@@ -147,12 +152,36 @@ class SWATLayer(nn.Module):
     # --- Settings
 
     @property
+    def method(self) -> str | Method:
+        return self._method
+
+    @property
+    def granularity(self) -> str:
+        return self._granularity
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        return self._block_size
+
+    @property
     def sparsity(self) -> float:
         return self._weights.budget.sparsity
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self.set_budget(Budget.of(check_sparsity("sparsity", value)), anew=True)
+        budget = Budget.of(check_sparsity("sparsity", value))
+        self.set_budget(budget, anew=True)
+        self._end_budget = budget
+
+    @property
+    def end_budget(self) -> Budget:
+        """The share of the weights to keep once a ramp is over; under "momentum" the layer's share of the total."""
+        return self._end_budget
+
+    @property
+    def end_period(self) -> int:
+        """Steps from one selection of activations to the next, once a warm-up is over."""
+        return self._end_period
 
     def set_budget(self, budget: Budget, *, anew: bool = False) -> None:
         """Keep another share of the weights, and of the activations if they follow.
@@ -211,7 +240,12 @@ class SWATLayer(nn.Module):
 
     @topk_period.setter
     def topk_period(self, value: int) -> None:
-        self._activations.period = check_period("topk_period", value)
+        self._end_period = check_period("topk_period", value)
+        self.set_period(value)
+
+    def set_period(self, period: int) -> None:
+        """Select activations every ``period`` steps for now, without a word on what is to be later."""
+        self._activations.period = period
 
     @property
     def weight_topk_period(self) -> int:
@@ -274,12 +308,31 @@ class SWATLayer(nn.Module):
 
     def advance(self, optimizer: Optimizer) -> None:
         """Count a step that ``optimizer`` has made on the weight; called by the hook on all optimizers."""
-        method = method_of(self.method)
-        if self.driver is None and (self.distribution == "momentum" or (method is not None and method.moves)):
-            what = "distribution 'momentum'" if method is None else f"method {self.method!r}"
+        if self.driver is None and self.needs_driver:
+            what = "distribution 'momentum'" if self.method == "swat" else f"method {self.method!r}"
             raise RuntimeError(f"{what} needs a swat_ext.SWATScheduler(model, optimizer), made before training")
         self._weights.stepped(self.weight, optimizer)
         self._activations.advance()
+
+    @property
+    def needs_driver(self) -> bool:
+        """Whether its budget or its pattern moves, which a scheduler does."""
+        method = method_of(self.method)
+        return self.distribution == "momentum" or (method is not None and method.moves)
+
+    @property
+    def momentum(self) -> float | None:
+        """The mean magnitude of its kept weights' momentum, as a scheduler last found it under "momentum"."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = value
+
+    def update_pattern(self, optimizer: Optimizer, total_steps: int) -> None:
+        """Let the method replace kept weights, where that is due after a step of ``optimizer``."""
+        if isinstance(self._weights, Held):
+            self._weights.update(self.weight, optimizer, total_steps)
 
     @property
     def steps_since_selection(self) -> tuple[int | None, int | None]:
@@ -355,7 +408,10 @@ class SWATLayer(nn.Module):
             "shape": list(self.weight.shape),
             "budget": list(self.budget),
             "activation_budget": None if self._follows else list(self._activations.budget),
+            "end_budget": list(self._end_budget),
             "topk_period": self.topk_period,
+            "end_period": self._end_period,
+            "momentum": self._momentum,
             "weight_topk_period": self.weight_topk_period,
             "topology": self.topology_name,
             "backend": self._backend,
@@ -368,14 +424,16 @@ class SWATLayer(nn.Module):
         """Method, granularity and distribution in a few words: those of a state must be those of the layer."""
         method = method_of(self.method)
         block = f" {self.block_size[0]}x{self.block_size[1]}" if self.granularity == "block" else ""
-        return f"{'swat' if method is None else method.name}, {self.granularity}{block}, {self.distribution}"
+        return f"{'swat' if method is None else method}, {self.granularity}{block}, {self.distribution}"
 
     def load_selection_state(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`selection_state`; the next forward selects as the layer that it came from would."""
         self._weights.budget = Budget(*state["budget"])
         self._follows = state["activation_budget"] is None
         self._activations.budget = self.budget if self._follows else Budget(*state["activation_budget"])
-        self.topk_period = state["topk_period"]
+        self._end_budget, self._end_period = Budget(*state["end_budget"]), state["end_period"]
+        self._momentum = state["momentum"]
+        self.set_period(state["topk_period"])
         self.weight_topk_period = state["weight_topk_period"]
         self._weights.load(state["weight"])
         self._activations.load(state["activation"])
@@ -400,7 +458,13 @@ class SWATLayer(nn.Module):
             super()._load_from_state_dict(*args)
         finally:
             del self._loading
+        self._weights.move(self.weight)
+        self._activations.move(self.weight)
         if isinstance(self._weights, Held) and not self.weight.is_meta:
+            assigned = bool(args[2].get("assign_to_params_buffers", False))
+            if assigned:
+                # The tensor is the caller's: what is cleared is to be ours.
+                self.weight.data = self.weight.data.clone()
             self._weights.adopt(self.weight)
 
     def __prepare_scriptable__(self) -> Self:
@@ -470,12 +534,14 @@ _OWN_ATTRIBUTES = (
     "_backend",
     "_weights",
     "_activations",
-    "_number",
     "_choice",
+    "_end_budget",
+    "_end_period",
+    "_momentum",
     "_weight_topk_period",
-    "method",
-    "granularity",
-    "block_size",
+    "_method",
+    "_granularity",
+    "_block_size",
     "distribution",
     "driver",
 )

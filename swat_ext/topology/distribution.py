@@ -92,15 +92,9 @@ def momentum_of(weight: Tensor, optimizer: Optimizer, kept: Packed) -> Tensor:
             f"optimizer: expected SGD with momentum or one of Adam's kin for distribution='momentum', got "
             f"{type(optimizer).__name__} with {sorted(map(str, state)) or 'nothing'} kept for a weight"
         )
-    # Values past the last kept one are zeros.
-    return momentum.abs().sum(dtype=torch.float64) / max(1, int(_bits(kept)))
-
-
-def _bits(kept: Packed) -> int:
-    """Elements that are kept; on CUDA the values are longer."""
-    if kept.values.device.type == "cpu":
-        return kept.values.numel()
-    return int((kept.values != 0).sum())
+    # Values past the last kept one are zeros; on CUDA there are some.
+    number = (kept.values != 0).sum() if kept.values.device.type != "cpu" else max(1, kept.values.numel())
+    return momentum.abs().sum(dtype=torch.float64) / number
 
 
 def cubic(progress: float) -> float:

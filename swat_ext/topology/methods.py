@@ -11,8 +11,6 @@ replace and which to grow; the layers do the rest. Another one is a subclass::
 
     @dataclass(frozen=True)
     class GrowLikeNeighbours(Method):
-        moves = True
-
         def growth(self, weight, gradient, generator):
             return gradient.abs().mean(0, keepdim=True).expand_as(weight)
 
@@ -22,7 +20,6 @@ replace and which to grow; the layers do the rest. Another one is a subclass::
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,10 +37,9 @@ class Method:
         until: share of training after which nothing is replaced any more, in (0, 1].
         seed: of the random patterns. They depend on it, on the layer's number and on the step alone, so that all ranks
             of a group draw the same.
-        moves: whether anything is ever replaced; to know how far training is takes a SWATScheduler with total_steps.
 
     Raises:
-        ValueError: an attribute out of its range.
+        TypeError, ValueError: an attribute of another type, or out of its range.
     """
 
     update_period: int = 100
@@ -51,15 +47,23 @@ class Method:
     until: float = 0.75
     seed: int = 0
 
-    moves: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
+        for name, kinds in (("update_period", int), ("fraction", (int, float)), ("until", (int, float)), ("seed", int)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                what = "an integer" if kinds is int else "a number"
+                raise TypeError(f"{name}: expected {what}, got {value!r}")
         if self.update_period < 1:
-            raise ValueError(f"update_period: expected at least 1, got {self.update_period}")
+            raise ValueError(f"update_period: expected at least 1, in optimizer steps, got {self.update_period}")
         if not 0 <= self.fraction < 1:
             raise ValueError(f"fraction: expected a number in [0, 1), got {self.fraction}")
         if not 0 < self.until <= 1:
             raise ValueError(f"until: expected a number in (0, 1], got {self.until}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is ever replaced; to know how far training is takes a SWATScheduler with total_steps."""
+        return type(self).growth is not Method.growth
 
     @property
     def name(self) -> str:
@@ -92,16 +96,12 @@ class Static(Method):
 class SET(Method):
     """Kept weights of the smallest magnitude give way to random ones (Mocanu et al., Nature Communications 2018)."""
 
-    moves = True
-
     def growth(self, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 class RigL(Method):
     """Kept weights of the smallest magnitude give way to those of the largest gradient (Evci et al., ICML 2020)."""
-
-    moves = True
 
     def growth(self, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
         return gradient.abs()

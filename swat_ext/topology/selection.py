@@ -34,7 +34,8 @@ class Selection:
     """
 
     def __init__(self, like: Tensor, budget: Budget, period: int) -> None:
-        self.threshold = torch.zeros((), dtype=like.dtype, device=like.device)
+        # A weight on the meta device has no values yet; what is known of it has.
+        self.threshold = torch.zeros((), dtype=like.dtype, device="cpu" if like.is_meta else like.device)
         # Explicitly on the CPU: under torch.device("meta") a default would have no values.
         self.state = torch.tensor([0, _NEVER, period, *budget], dtype=torch.int64, device="cpu")
         self.moves = False
@@ -85,10 +86,9 @@ class Selection:
 
     def move(self, like: Tensor) -> None:
         """Follow the weight to its device and dtype."""
-        if self.threshold.is_meta or like.is_meta:
-            self.threshold = torch.zeros((), dtype=like.dtype, device=like.device)
-            self.forget()
-        self.threshold = self.threshold.to(like.device, like.dtype)
+        device = self.threshold.device if like.is_meta else like.device
+        self.threshold = self.threshold.to(device, like.dtype)
+        self._exact = None
 
     def select(self, tensor: Tensor) -> Packed:
         """About the largest elements of ``tensor`` (any shape and strides), packed; see the class."""

@@ -1,4 +1,4 @@
-"""The one clock: layers are told of each optimizer step by torch's own hook on all optimizers.
+"""The count of optimizer steps: layers are told of each optimizer step by torch's own hook on all optimizers.
 
 A layer counts a step when an optimizer that has its weight has made one. So the count is right whatever the optimizer
 (fused, foreach, one per layer), under gradient accumulation, and where LBFGS calls its closure many times. An optimizer
@@ -73,6 +73,9 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _weights(module: Any) -> list[Tensor]:
     """What the weight is made from: itself, or what a parametrization has put in its place."""
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return [weight]
     return [parameter for name, parameter in module.named_parameters() if name != "bias"]
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from swat_ext.ops.layout import is_channels_last
-from swat_ext.ops.packed import Packed, Pattern, pack, take
+from swat_ext.ops.packed import Packed, Pattern, pack
 from swat_ext.topology.blocks import Block, block_norms, spread
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.methods import Method
@@ -106,8 +105,15 @@ class Held:
         self.kept = pattern.kept, weight.numel()
 
     def pack(self, weight: Tensor, training: bool) -> Packed:
-        """The kept weights."""
-        return pack(weight, self.pattern)
+        """The kept weights; in evaluation all that are not zero.
+
+        Those are the same, but in a copy whose weights are averages over patterns of several steps, as EMA makes it.
+        """
+        if training:
+            return pack(weight, self.pattern)
+        room = weight.numel() if torch.compiler.is_compiling() or weight.device.type != "cpu" else None
+        values, mask = torch.ops.swat_ext.compress(weight, weight.new_zeros(()), room=room)
+        return Packed(values, mask, weight.shape)
 
     def kept_of(self, weight: Tensor) -> int:
         """Elements of ``weight`` that are kept."""
@@ -116,24 +122,23 @@ class Held:
     def as_it_is(self, weight: Tensor) -> Packed:
         return pack(weight, self.pattern)
 
-    def clear(self, tensor: Tensor) -> None:
-        """Make ``tensor``, of the weight's shape, zero outside the pattern."""
-        if not tensor.is_meta:
+    def clear(self, *tensors: Tensor) -> None:
+        """Make ``tensors``, of the weight's shape and of any dtype, zero outside the pattern."""
+        if not tensors[0].is_meta:
             with torch.no_grad():
-                values = take(tensor.detach(), self.pattern.mask, self.pattern.kept)
-                last = is_channels_last(tensor)
-                tensor.copy_(torch.ops.swat_ext.decompress(values, self.pattern.mask, tensor.shape, last))
+                dropped = ~self.pattern.dense()
+                for tensor in tensors:
+                    tensor.masked_fill_(dropped, 0)
 
     def stepped(self, weight: Tensor, optimizer: Optimizer) -> None:
         """Count a step that ``optimizer`` has made on ``weight``, and undo it outside the pattern."""
         self.steps += 1
         check_whole(weight, f"method {self.method.name!r}")
-        for tensor in (weight, *_state_of(weight, optimizer)):
-            self.clear(tensor)
+        self.clear(weight, *_state_of(weight, optimizer))
 
     def update(self, weight: Tensor, optimizer: Optimizer, total_steps: int) -> None:
         """Replace kept weights by others, where that is due."""
-        share = self.method.replaced(self.steps / total_steps)
+        share = self.method.replaced(self.steps / total_steps) if self.method.moves else 0.0
         if self.steps % self.method.update_period or not share or weight.grad is None:
             return
         with torch.no_grad():
@@ -144,11 +149,13 @@ class Held:
             worth = torch.where(worth.isnan(), torch.inf, worth)
             stay = kept & ~_largest((-worth).masked_fill(~kept, -torch.inf), number)
             growth = self.method.growth(weight.detach(), weight.grad, self._generator())
+            if growth.shape != weight.shape:
+                what = f"{type(self.method).__name__}.growth: expected a score for each weight"
+                raise ValueError(f"{what}, {tuple(weight.shape)}, got shape {tuple(growth.shape)}")
             # What was dropped just now may come back (RigL, algorithm 1).
             growth = block_norms(growth, self.block).masked_fill(stay, -torch.inf)
             self._hold(stay | _largest(growth, number), weight)
-        for tensor in (weight, *_state_of(weight, optimizer)):
-            self.clear(tensor)
+        self.clear(weight, *_state_of(weight, optimizer))
 
     def adopt(self, weight: Tensor) -> None:
         """Take the pattern from a weight that was loaded: its largest blocks, and old ones where it has too few."""
