@@ -214,8 +214,10 @@ def _as_optimizers(optimizer: Any) -> list[Any]:
 def _check_plan(layers: dict[str, SWATLayer], total_steps: Any, ramp: Any, topk_warmup: Any) -> None:
     if total_steps is not None:
         check_period("total_steps", total_steps)
-    if topk_warmup != 0:
-        check_period("topk_warmup", topk_warmup)
+    if isinstance(topk_warmup, bool) or not isinstance(topk_warmup, int):
+        raise TypeError(f"topk_warmup: expected an integer of at least 0, in optimizer steps, got {topk_warmup!r}")
+    if topk_warmup < 0:
+        raise ValueError(f"topk_warmup: expected an integer of at least 0, in optimizer steps, got {topk_warmup!r}")
     if isinstance(ramp, bool) or not isinstance(ramp, (int, float)):
         raise TypeError(f"ramp: expected a number in [0, 1], the share of total_steps, got {ramp!r}")
     if not 0 <= ramp <= 1:
