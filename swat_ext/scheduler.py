@@ -178,6 +178,10 @@ class SWATScheduler:
             is loaded.
         """
         _load(state_dict, self._model)
+        for layer in _sparse_layers(self._model).values():
+            # What nobody moves would stay where it was saved for ever.
+            if layer.driver is None:
+                self._bring(layer, None)
 
 
 def _load(state_dict: Mapping[str, Any], model: nn.Module) -> None:
