@@ -460,6 +460,7 @@ class SWATLayer(nn.Module):
             del self._loading
         self._weights.move(self.weight)
         self._activations.move(self.weight)
+        self._settle()
         if isinstance(self._weights, Held) and not self.weight.is_meta:
             state_dict, prefix, local_metadata, *_ = args
             if local_metadata.get("assign_to_params_buffers", False) and f"{prefix}weight" in state_dict:
