@@ -17,13 +17,14 @@ def update_batchnorm_(model: nn.Module, batches: Iterable[Any], *, limit: int = 
     While the kept weights move fast, running averages describe networks of earlier steps, and evaluation is wrongly
     low. Here they become the mean over the batches of each batch's mean and unbiased variance, as
     :func:`torch.optim.swa_utils.update_bn` makes them, for the network that is evaluated: all but the BatchNorms is in
-    evaluation mode, so that sparse layers select exactly and keep their thresholds and counts of steps, and dropout drops
-    nothing. No gradients are made.
+    evaluation mode, so that sparse layers select exactly and keep their thresholds and counts of steps, and dropout
+    drops nothing. No gradients are made.
 
     Every subclass of PyTorch's BatchNorm that tracks running statistics takes part, but one that is frozen: in
     evaluation mode inside of a model in training mode. One that ``forward`` does not reach keeps its statistics. Modes
-    and momenta are afterwards as before. ``num_batches_tracked`` is too, so that what follows in training does not depend on this call; but where momentum
-    is None it becomes the number of forwards here, for the cumulative average goes on from them.
+    and momenta are afterwards as before. ``num_batches_tracked`` is too, so that what follows in training does not
+    depend on this call; but where momentum is None it becomes the number of forwards here, for the cumulative average
+    goes on from them.
 
     Args:
         model: called as usual, hooks included. A parallel one needs as many batches on every rank. In place of one that

@@ -178,6 +178,10 @@ class SWATScheduler:
             is loaded.
         """
         _load(state_dict, self._model)
+        for layer in _sparse_layers(self._model).values():
+            # What nobody moves would stay where it was saved for ever.
+            if layer.driver is None:
+                self._bring(layer, None)
 
 
 def _load(state_dict: Mapping[str, Any], model: nn.Module) -> None:
@@ -214,8 +218,10 @@ def _as_optimizers(optimizer: Any) -> list[Any]:
 def _check_plan(layers: dict[str, SWATLayer], total_steps: Any, ramp: Any, topk_warmup: Any) -> None:
     if total_steps is not None:
         check_period("total_steps", total_steps)
-    if topk_warmup != 0:
-        check_period("topk_warmup", topk_warmup)
+    if isinstance(topk_warmup, bool) or not isinstance(topk_warmup, int):
+        raise TypeError(f"topk_warmup: expected an integer of at least 0, in optimizer steps, got {topk_warmup!r}")
+    if topk_warmup < 0:
+        raise ValueError(f"topk_warmup: expected an integer of at least 0, in optimizer steps, got {topk_warmup!r}")
     if isinstance(ramp, bool) or not isinstance(ramp, (int, float)):
         raise TypeError(f"ramp: expected a number in [0, 1], the share of total_steps, got {ramp!r}")
     if not 0 <= ramp <= 1:

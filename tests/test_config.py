@@ -115,7 +115,7 @@ def test_a_method_may_be_one_of_ones_own():
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("update_period", (0, -3), "at least 1"),
+        ("update_period", (0, -3), "at least 1, in optimizer steps"),
         ("fraction", (-0.1, 1, 1.5, float("nan")), r"a number in \[0, 1\)"),
         ("until", (0, -1, 1.1, float("nan")), r"a number in \(0, 1\]"),
     ],

@@ -304,7 +304,7 @@ def test_the_gradient_stays_dense() -> None:
 
 
 @pytest.mark.parametrize("method", ["static", "set", "rigl"])
-def test_evaluation_and_the_dense_form_use_the_pattern(method: str) -> None:
+def test_training_uses_the_pattern_evaluation_and_the_dense_form_what_is_not_zero(method: str) -> None:
     model = sparse(method)
     x = batches(1, dtype=torch.float64)[0][0]
     masks = patterns_of(model)
@@ -314,11 +314,26 @@ def test_evaluation_and_the_dense_form_use_the_pattern(method: str) -> None:
             layer.weight.normal_()  # outside the pattern too, as a careless user may do
         for layer, twin, mask in zip(sparse_layers(model), [plain[0], plain[2], plain[5]], masks, strict=True):
             twin.weight.copy_(layer.weight * mask)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    # A step makes zero what is outside; evaluation and the dense form take what is not.
+    optimizer = sgd(model)
+    scheduled(model, optimizer)
+    model(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for layer, twin, mask in zip(sparse_layers(model), [plain[0], plain[2], plain[5]], masks, strict=True):
+            twin.weight.copy_(layer.weight)
+            twin.bias.copy_(layer.bias)
+            assert torch.equal(layer.weight != 0, mask)
+            assert torch.equal(layer.to_dense().weight, layer.weight)
+            assert layer.weight_threshold.isnan()
         for training in (True, False):
             torch.testing.assert_close(model.train(training)(x), plain(x), rtol=1e-12, atol=1e-12)
-    for layer, mask in zip(sparse_layers(model), masks, strict=True):
-        assert torch.equal(layer.to_dense().weight, layer.weight * mask)
-        assert layer.weight_threshold.isnan()
+        # What is put there afterwards, as an average of weights has it, counts.
+        for layer, twin in zip(sparse_layers(model), [plain[0], plain[2], plain[5]], strict=True):
+            twin.weight.copy_(layer.weight.normal_())
+            assert torch.equal(layer.to_dense().weight, layer.weight)
+        torch.testing.assert_close(model.eval()(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_frozen_layer_and_one_without_gradient_keep_their_pattern() -> None:

@@ -158,7 +158,9 @@ def test_a_layer_that_is_put_in_later_is_in_the_state() -> None:
     made.o.add_param_group({"params": list(made.m[10].parameters())})
     train(made.m, made.o, batches(7))
     state = made.s.state_dict()
-    assert state["layers"]["10"]["ends"] == {"budget": [1, 2], "topk_period": 10}
+    put_in = state["layers"]["10"]
+    assert (put_in["budget"], put_in["end_budget"]) == ([1, 2], [1, 2])
+    assert (put_in["topk_period"], put_in["end_period"]) == (10, 10)
     made.s.load_state_dict(state)
     train(made.m, made.o, batches(1))
     assert made.m[10].sparsity == 0.5
@@ -236,6 +238,8 @@ def test_a_budget_that_rises_compiles_nothing_anew() -> None:
         ({"topk_warmup": 1.0}, TypeError, "^topk_warmup: expected an integer of at least 0"),
         ({"topk_warmup": None}, TypeError, "^topk_warmup: expected an integer of at least 0"),
         ({"topk_warmup": True}, TypeError, "^topk_warmup: expected an integer of at least 0"),
+        ({"topk_warmup": False}, TypeError, "^topk_warmup: expected an integer of at least 0"),
+        ({"topk_warmup": 0.0}, TypeError, "^topk_warmup: expected an integer of at least 0"),
     ],
 )
 def test_wrong_plans_change_nothing(plan: dict[str, Any], error: type[Exception], message: str) -> None:

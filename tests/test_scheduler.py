@@ -9,6 +9,7 @@ from torch import nn
 
 import swat_ext
 from swat_ext import SWATScheduler
+from swat_ext.topology import SET, RigL
 
 
 def steps(model: nn.Module) -> list[int]:
@@ -136,7 +137,8 @@ def test_a_failed_load_changes_nothing():
     good = scheduler.state_dict()
     bad = copy.deepcopy(good)
     for layer in bad["layers"].values():
-        layer["budget"], layer["ends"]["budget"], layer["topk_period"] = [9, 10], [9, 10], 7
+        layer["budget"], layer["end_budget"] = [9, 10], [9, 10]
+        layer["topk_period"], layer["end_period"], layer["momentum"] = 7, 8, 0.5
         layer["weight"]["steps"] = layer["activation"]["steps"] = 9
     bad["layers"]["9"]["shape"] = [1, 2]
     with pytest.raises(ValueError, match=r"layer '9': expected a weight of shape \(5, 384\), got \[1, 2\]"):
@@ -182,16 +184,14 @@ def changed(layer, *path):
         (changed("3", "shape", [16, 16, 3, 3.5]), ValueError, "layer '3': expected a weight of shape"),
         *[
             (changed("3", *keys, value), ValueError, rf"layer '3': {': '.join(keys)}: expected a fraction in \(0, 1\]")
-            for keys in (("budget",), ("activation_budget",), ("ends", "budget"))
+            for keys in (("budget",), ("activation_budget",), ("end_budget",))
             for value in ([0, 1], [-1, -2], [3, 2], [1, 0], [1, 2, 3], [1], 0.5, [0.5, 1], [True, 1], "12")
         ],
         (changed("3", "budget", None), ValueError, "layer '3': budget: expected a fraction"),
-        (changed("3", "ends", None), ValueError, "layer '3': ends: expected a mapping, got NoneType"),
-        (changed("3", "ends", {"budget": [1, 2]}), ValueError, r"layer '3': ends: .* \['topk_period'\] are missing"),
-        (changed("3", "ends", {"topk_period": 1}), ValueError, r"layer '3': ends: .* \['budget'\] are missing"),
+        (changed("3", "end_budget", None), ValueError, "layer '3': end_budget: expected a fraction"),
         *[
             (changed("3", *keys, value), ValueError, rf"layer '3': .*{keys[-1]}: expected an integer of at least 1")
-            for keys in (("topk_period",), ("weight_topk_period",), ("ends", "topk_period"))
+            for keys in (("topk_period",), ("weight_topk_period",), ("end_period",))
             for value in (0, -1, 1.5, True, None)
         ],
         *[
@@ -225,7 +225,7 @@ def test_no_entry_may_be_missing(method):
     model = sparse_network(method=method)
     scheduler = SWATScheduler(model, sgd(model))
     entries = list(scheduler.state_dict()["layers"]["5"])
-    assert len(entries) == 11
+    assert len(entries) == 12
     for missing in entries:
         state = scheduler.state_dict()
         del state["layers"]["5"][missing]
@@ -287,8 +287,12 @@ def test_a_pattern_that_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize(
     ("mine", "theirs", "expected"),
     [
-        ({}, {"method": "set"}, "'swat, unstructured, uniform', got 'set, unstructured, uniform'"),
-        ({"method": "set"}, {"method": "static"}, "'set, .*, got 'static, "),
+        ({}, {"method": "set"}, r"'swat, unstructured, uniform', got 'SET\(.*\), unstructured, uniform'"),
+        ({"method": "set"}, {"method": "static"}, r"'SET\(.*, got 'Static\("),
+        ({"method": "rigl"}, {"method": RigL(seed=1)}, r"'RigL\(.*seed=0\), .*, got 'RigL\(.*seed=1\), "),
+        ({"method": SET(fraction=0.2)}, {"method": "set"}, r"'SET\(.*fraction=0\.2, .*, got 'SET\(.*fraction=0\.3, "),
+        ({"method": SET(until=0.5)}, {"method": "set"}, r"'SET\(.*until=0\.5, .*, got 'SET\(.*until=0\.75, "),
+        ({"method": "set"}, {"method": SET(update_period=7)}, r"period=100, .*, got 'SET\(update_period=7, "),
         ({"granularity": "kernel"}, {}, "'swat, kernel, uniform', got 'swat, unstructured, uniform'"),
         ({"granularity": "block"}, {"granularity": "block", "block_size": (4, 2)}, "block 8x1, .*, got .*block 4x2, "),
         ({"distribution": "momentum"}, {"distribution": "erk"}, "unstructured, momentum', got .*unstructured, erk'"),

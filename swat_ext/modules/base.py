@@ -96,7 +96,7 @@ class SWATLayer(nn.Module):
         if method is None:
             return Largest(self.weight, budget, self._weight_topk_period, block)
         if number is None:
-            number = int(torch.randint(2**31, ()))
+            number = int(torch.randint(2**31, (), device="cpu"))
         held = Held(self.weight, budget, method, block, number)
         held.clear(self.weight)
         return held
@@ -460,11 +460,13 @@ class SWATLayer(nn.Module):
             del self._loading
         self._weights.move(self.weight)
         self._activations.move(self.weight)
+        self._settle()
         if isinstance(self._weights, Held) and not self.weight.is_meta:
-            assigned = bool(args[2].get("assign_to_params_buffers", False))
-            if assigned:
-                # The tensor is the caller's: what is cleared is to be ours.
-                self.weight.data = self.weight.data.clone()
+            state_dict, prefix, local_metadata, *_ = args
+            if local_metadata.get("assign_to_params_buffers", False) and f"{prefix}weight" in state_dict:
+                # The tensor, or the parameter, is the caller's: what is cleared is to be ours.
+                own = self.weight.detach().clone()
+                self._parameters["weight"] = nn.Parameter(own, requires_grad=self.weight.requires_grad)
             self._weights.adopt(self.weight)
 
     def __prepare_scriptable__(self) -> Self:

@@ -97,7 +97,7 @@ class SET(Method):
     """Kept weights of the smallest magnitude give way to random ones (Mocanu et al., Nature Communications 2018)."""
 
     def growth(self, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device)
 
 
 class RigL(Method):

@@ -90,7 +90,8 @@ class Held:
         self.steps = 0
         self.kept: tuple[int, int] | None = None
         grid = block_norms(torch.empty(weight.shape, device="meta"), block).shape
-        scores = torch.rand(grid, generator=self._generator())
+        # Explicitly on the CPU, as the generator: under torch.device("meta") a default would have no values.
+        scores = torch.rand(grid, generator=self._generator(), device="cpu")
         self._hold(_largest(scores, budget.count(grid.numel())), weight)
 
     def _generator(self) -> torch.Generator:
