@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 0)")
     run.add_argument("--threads", type=int, metavar="N", help="of the CPU kernels (default: torch's)")
-    run.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/DATA-MODEL-dense|swatNN-seedN)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/DATA-MODEL-dense|METHODNN-seedN)")
     run.add_argument(
         "--resume",
         action="store_true",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 
@@ -125,6 +126,23 @@ def test_a_method_out_of_its_range_is_refused(name, values, expected):
         with pytest.raises(ValueError, match=rf"^{name}: expected {expected}, got {value}$"):
             RigL(**{name: value})
     assert RigL(update_period=1, fraction=0, until=1).fraction == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("update_period", (2.0, True, "2", None), "an integer"),
+        ("seed", (1.0, False, "1", None), "an integer"),
+        ("fraction", (True, "0.3", None, [0.3]), "a number"),
+        ("until", (True, "0.3", None, 1j), "a number"),
+    ],
+)
+def test_a_method_of_other_types_is_refused(name, values, expected):
+    for kind in (Method, RigL):
+        for value in values:
+            with pytest.raises(TypeError, match=rf"^{name}: expected {expected}, got {re.escape(repr(value))}$"):
+                kind(**{name: value})
+    assert Method(seed=-1).seed == -1
 
 
 @pytest.mark.parametrize("method", ["static", "set", "rigl", RigL(fraction=0.5)])

@@ -104,6 +104,31 @@ def test_a_changed_weight_is_selected_anew(change: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("granularity", ["unstructured", "kernel"])
+def test_a_layer_that_was_elsewhere_selects_anew(selected: list[object], granularity: str) -> None:
+    """Its threshold would be on the device where it was; here where its dtype was another."""
+    layer = _layer(backend="sparse", granularity=granularity)
+    output = layer(_input())
+    for number, move in enumerate(
+        (lambda: layer.double().float(), lambda: layer.cpu(), lambda: layer.load_state_dict(layer.state_dict())), 2
+    ):
+        move()
+        assert torch.equal(layer(_input()), output)
+        assert torch.equal(layer(_input()), output)
+        assert len(selected) == number
+    layer.double()
+    x = _input().double()
+    torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_is_evaluated_on_one_device_and_then_on_another(device: torch.device) -> None:
+    layer = _layer()
+    before = layer(_input())
+    for where in (device, torch.device("cpu"), device):
+        layer.to(where)
+        torch.testing.assert_close(layer(_input().to(where)).cpu(), before, rtol=1e-4, atol=1e-4)
+
+
 def test_few_elements_changed_behind_the_version_are_seen() -> None:
     layer = _layer(backend="sparse")
     for _ in range(20):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,13 @@ def patterns_of(model: nn.Module) -> list[Tensor]:
     return [layer.kept_weight().pattern.dense() for layer in sparse_layers(model)]
 
 
-def assert_same_patterns(left: nn.Module, right: nn.Module) -> None:
-    for mine, other in zip(patterns_of(left), patterns_of(right), strict=True):
+def assert_all_equal(left: list[Tensor], right: list[Tensor]) -> None:
+    for mine, other in zip(left, right, strict=True):
         assert torch.equal(mine, other)
+
+
+def assert_same_patterns(left: nn.Module, right: nn.Module) -> None:
+    assert_all_equal(patterns_of(left), patterns_of(right))
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -251,6 +256,35 @@ def test_a_method_decides_what_to_drop_and_what_to_grow() -> None:
     assert torch.equal(now.flatten(), expected)
 
 
+def test_what_grows_moves() -> None:
+    class Still(Method):
+        def drop(self, weight: Tensor) -> Tensor:
+            return weight.abs()
+
+    class More(Newest):
+        """Grows as its parent does."""
+
+    assert [method().moves for method in (Method, Static, Still)] == [False] * 3
+    assert [method().moves for method in (SET, RigL, Newest, More)] == [True] * 4
+    model = sparse_network(method=Newest())
+    with pytest.raises(ValueError, match=r"^total_steps: method 'newest' needs it"):
+        SWATScheduler(model, sgd(model))
+    SWATScheduler(model, sgd(model), total_steps=5)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (16, 16, 3, 1), (16, 16, 9), (1, 16, 16, 3, 3)])
+def test_a_growth_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    class Wrong(Method):
+        def growth(self, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
+            return torch.ones(shape)
+
+    made = run(0, Wrong(update_period=1))
+    before = patterns_of(made.m)
+    with pytest.raises(ValueError, match=r"^Wrong\.growth: expected a score for each weight, \(.*\), got shape \("):
+        train(made.m, made.o, batches(1))
+    assert_all_equal(before, patterns_of(made.m))
+
+
 def test_a_method_that_moves_must_say_how() -> None:
     class Silent(Method):
         moves = True
@@ -285,6 +319,19 @@ def test_static_needs_none() -> None:
         assert not layer.weight[~mask].any()
 
 
+@pytest.mark.parametrize("warmup", [0, 12])
+def test_static_stays_where_the_length_is_known_too(warmup: int) -> None:
+    made = run_of(0, plan={"total_steps": 20, "topk_warmup": warmup}, method=Static(update_period=5))
+    before = patterns_of(made.m)
+    # A warm-up moves its layers too.
+    assert {layer.driver for layer in sparse_layers(made.m)} == {made.s if warmup else None}
+    train(made.m, made.o, batches(20))
+    assert made.s.steps == 20
+    assert_all_equal(before, patterns_of(made.m))
+    for layer, mask in zip(sparse_layers(made.m), before, strict=True):
+        assert torch.equal(layer.weight != 0, mask)
+
+
 def test_a_ramp_and_another_sparsity_are_refused() -> None:
     for method in ("static", "rigl"):
         model = sparse_network(method=method)
@@ -308,6 +355,96 @@ def test_a_weight_that_two_layers_share_is_refused_and_nothing_is_changed() -> N
     assert torch.equal(model[0].weight, before)
     shared = nn.Sequential(model[0], nn.ReLU(), model[0])  # one layer that is called twice is no obstacle
     sparsify_(shared, SWATConfig(0.5, method="set"))
+
+
+@pytest.mark.parametrize("method", ["static", RigL()])
+def test_a_weight_that_any_other_module_uses_is_refused_too(method: str | Method) -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+            self.head.weight = self.words.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.body(self.words(tokens)))
+
+    model = Language()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^method: .* makes weights zero, but 'words' and 'head' share theirs"):
+        sparsify_(model, SWATConfig(0.5, method=method))
+    assert [type(module) for module in model.children()] == [nn.Embedding, nn.Linear, nn.Linear]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert sparsify_(copy.deepcopy(model), SWATConfig(0.5)).swapped == ("body", "head")  # SWAT makes none zero
+    assert sparsify_(model, SWATConfig(0.5, method=method, skip=["head"])).swapped == ("body",)
+    assert torch.equal(model.words.weight, before["words.weight"])
+
+
+class Remembering(torch.optim.Optimizer):
+    """Keeps things of many dtypes of each weight, and fills them with ones."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool):
+                state.setdefault(str(dtype), torch.empty_like(parameter, dtype=dtype)).fill_(1)
+            state["step"] = state.get("step", 0) + 1
+            state["norms"] = torch.ones(parameter.shape[0])
+            with torch.no_grad():
+                parameter.add_(0.01)
+
+
+@pytest.mark.parametrize("method", [Static(), RigL(update_period=1)], ids=lambda each: each.name)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizer_may_remember_anything(method: Method, memory_format: torch.memory_format) -> None:
+    model = sparse_network(method=method).to(memory_format=memory_format)
+    optimizer = Remembering(model.parameters())
+    SWATScheduler(model, optimizer, **PLAN)
+    before = patterns_of(model)
+    train(model, optimizer, batches(1))
+    moved = 0
+    for layer, old, mask in zip(sparse_layers(model), before, patterns_of(model), strict=True):
+        state = optimizer.state[layer.weight]
+        assert len(state) == 8
+        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool):
+            value = state[str(dtype)]
+            assert value.dtype == dtype
+            # What grew starts anew.
+            assert torch.equal(value != 0, mask & old)
+            assert torch.equal(value, value.bool().to(dtype))
+        assert state["norms"].all()
+        assert state["step"] == 1
+        assert not layer.weight[~mask].any()
+        moved += int((mask & ~old).sum())
+    assert (moved > 0) == method.moves
+
+
+@pytest.mark.parametrize("make", ["constructor", "from_dense"])
+def test_layers_made_on_their_own_have_patterns_of_their_own(make: str) -> None:
+    def layers(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        if make == "constructor":
+            made = [SWATLinear(20, 30, sparsity=0.5, method="static") for _ in range(3)]
+        else:
+            made = [SWATLinear.from_dense(nn.Linear(20, 30), sparsity=0.5, method="static") for _ in range(3)]
+        return [layer.kept_weight().pattern.dense() for layer in made]
+
+    first, again, other = layers(0), layers(0), layers(1)
+    assert_all_equal(first, again)
+    for one, two in itertools.combinations([*first, *other], 2):
+        # At random they agree in half of 600 elements.
+        assert 220 < int((one == two).sum()) < 380
+
+
+def test_sparsify_and_swat_take_nothing_of_torchs_generator() -> None:
+    model = nn.Sequential(nn.Linear(20, 20))
+    before = torch.random.get_rng_state()
+    sparsify_(model, SWATConfig(0.5, method="static"))
+    SWATLinear.from_dense(nn.Linear(20, 20, device="meta"), sparsity=0.5)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 class Sharded(nn.Parameter):

@@ -506,6 +506,21 @@ def test_repr_says_the_sparsities():
     assert text.endswith("sparsity=0.9, activation_sparsity=0.75)")
 
 
+@pytest.mark.parametrize("method", ["swat", "static"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "rigl"), ("granularity", "kernel"), ("granularity", "unstructured"), ("block_size", (4, 4))],
+)
+def test_what_a_layer_is_made_of_is_read_only(method, name, value):
+    layers = [SWATLinear(8, 8, sparsity=0.5, method=method), SWATConv2d(8, 8, 3, sparsity=0.5, method=method)]
+    for layer in layers:
+        before = getattr(layer, name)
+        with pytest.raises(AttributeError, match=f"'{name}' of '{type(layer).__name__}' object has no setter"):
+            setattr(layer, name, value)
+        assert getattr(layer, name) == before
+    assert (layers[0].method, layers[0].granularity, layers[0].block_size) == (method, "unstructured", (8, 1))
+
+
 def test_meta_layers_give_shapes_and_work_once_they_have_values():
     with torch.device("meta"):
         layer = SWATConv2d(3, 4, 3, sparsity=0.5)

@@ -152,6 +152,90 @@ def test_a_second_scheduler_takes_over_where_the_first_was_to_end() -> None:
     assert sparse_layers(twice.m)[0].sparsity == 0.5
 
 
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_second_scheduler_without_a_plan_ends_an_unfinished_one(step: int) -> None:
+    made = run(ramp=1.0, topk_warmup=6, topk_period=4)
+    train(made.m, made.o, batches(step))
+    assert all(layer.sparsity < 0.8 and layer.topk_period == 1 for layer in sparse_layers(made.m))
+    SWATScheduler(made.m, made.o)
+    ends = [math.ceil(Fraction(layer.weight.numel(), 5)) for layer in sparse_layers(made.m)]
+    for more in range(3):
+        assert counts_of(made.m) == ends
+        assert {(layer.sparsity, layer.activation_sparsity) for layer in sparse_layers(made.m)} == {(0.8, 0.8)}
+        assert {layer.topk_period for layer in sparse_layers(made.m)} == {4}
+        train(made.m, made.o, batches(1, first=step + more))
+
+
+def test_a_state_of_the_middle_without_a_plan_is_at_its_end() -> None:
+    first, second = run(ramp=1.0, topk_warmup=6, topk_period=4), run_of(3, topk_period=2)
+    train(first.m, first.o, batches(3))
+    second.s.load_state_dict(first.s.state_dict())
+    for _ in range(2):
+        assert {(layer.sparsity, layer.activation_sparsity) for layer in sparse_layers(second.m)} == {(0.8, 0.8)}
+        assert {layer.topk_period for layer in sparse_layers(second.m)} == {4}
+        train(second.m, second.o, batches(1))
+
+
+def test_a_frozen_layer_is_at_its_end_from_the_start() -> None:
+    model = sparse_network(topk_period=4)
+    frozen, *others = sparse_layers(model)
+    frozen.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model[:3].parameters(), *model[4:].parameters()], lr=0.01)
+    scheduler = SWATScheduler(model, optimizer, total_steps=TOTAL, ramp=1.0, topk_warmup=TOTAL)
+    for step in range(TOTAL + 1):
+        assert (frozen.sparsity, frozen.activation_sparsity, frozen.topk_period) == (0.8, 0.8, 4)
+        assert int((frozen.to_dense().weight != 0).sum()) == math.ceil(Fraction(frozen.weight.numel(), 5))
+        assert [layer.topk_period for layer in others] == [4 if step == TOTAL else 1] * 3
+        for layer in others:
+            exact = kept_at(layer.weight.numel(), "0.8", step, 1.0)
+            assert exact <= layer.kept_weights < exact + 1 + 1e-6
+        if step == 3:
+            scheduler.load_state_dict(scheduler.state_dict())
+        train(model, optimizer, batches(1, first=step))
+    assert (frozen.driver, frozen.steps) == (None, 0)
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 9])
+def test_a_sparsity_that_the_user_sets_is_the_new_end(step: int) -> None:
+    made = run(ramp=0.5, weight_topk_period=1)
+    layer, *others = sparse_layers(made.m)
+    train(made.m, made.o, batches(step))
+    layer.sparsity = 0.5
+    # For now; the ramp, where it is not over, goes on to there.
+    assert layer.sparsity == layer.activation_sparsity == 0.5
+    for later in range(step + 1, TOTAL + 1):
+        train(made.m, made.o, batches(1, first=later))
+        for each, end in zip((layer, *others), ("0.5", "0.8", "0.8", "0.8"), strict=True):
+            exact = kept_at(each.weight.numel(), end, later, 0.5)
+            assert exact <= each.kept_weights < exact + 1 + 1e-6, f"step {later}"
+            assert each.activation_budget == each.budget
+    assert [each.sparsity for each in sparse_layers(made.m)] == [0.5, 0.8, 0.8, 0.8]
+    assert [each.end_budget.sparsity for each in sparse_layers(made.m)] == [0.5, 0.8, 0.8, 0.8]
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_a_period_that_the_user_sets_is_the_new_end(step: int) -> None:
+    made = run(ramp=0.0, topk_warmup=3, topk_period=9)
+    layer, *others = sparse_layers(made.m)
+    train(made.m, made.o, batches(step))
+    layer.topk_period = 4
+    assert (layer.topk_period, layer.end_period) == (4, 4)
+    for later in range(step + 1, 8):
+        train(made.m, made.o, batches(1, first=later))
+        assert layer.topk_period == (1 if later < 3 else 4)
+        assert [each.topk_period for each in others] == [1 if later < 3 else 9] * 3
+
+
+def test_what_the_user_sets_is_saved(tmp_path: Path) -> None:
+    def made(seed: int) -> Run:
+        each = run(seed, ramp=0.75, topk_warmup=7, topk_period=9)
+        if seed == 0:
+            sparse_layers(each.m)[0].sparsity, sparse_layers(each.m)[1].topk_period = 0.5, 4
+        return each
+
+    assert_resumes(made, "mos", 5, tmp_path / "state.pt")
+
+
 def test_a_layer_that_is_put_in_later_is_in_the_state() -> None:
     made = run()
     made.m.append(SWATLinear(5, 5, sparsity=0.5))

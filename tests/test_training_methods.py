@@ -158,6 +158,9 @@ def test_a_resumed_run_keeps_its_method(tmp_path: Path, capsys: pytest.CaptureFi
         ("--distribution momentum --method set", "distribution: expected 'uniform' or 'erk' for method 'set'"),
         ("--distribution momentum --momentum 0", "optimizer: expected SGD with momentum or one of Adam's kin"),
         ("--granularity block --block-size 0 1", "block_size: expected (output channels, input channels)"),
+        ("--block-size 4 2", "--block-size: has a meaning with --granularity block alone"),
+        ("--granularity kernel --block-size 8 1", "--block-size: has a meaning with --granularity block alone"),
+        ("--method rigl --block-size 8 1", "--block-size: has a meaning with --granularity block alone"),
         ("--weight-topk-period 0", "weight_topk_period: expected an integer of at least 1"),
         ("--topk-warmup-epochs -1", "topk_warmup_epochs: expected a finite number of at least 0"),
         ("--dense --method static", "--method: has no meaning with --dense"),
@@ -181,6 +184,42 @@ def test_unknown_choices(flags: str, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="2"):
         train.main(flags.split())
     assert f"argument {flags.split()[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "swat90"),
+        ("--sparsity 0.975", "swat97.5"),
+        ("--distribution erk", "swat90-erk"),
+        ("--distribution momentum --granularity kernel --sparsity 0.5", "swat50-momentum-kernel"),
+        ("--granularity block --block-size 4 2", "swat90-block"),
+        ("--method rigl --sparsity 0.8", "rigl80"),
+        ("--method set --distribution erk", "set90-erk"),
+        ("--method static --granularity filter", "static90-filter"),
+        ("--dense", "dense"),
+    ],
+)
+def test_the_folder_is_named_after_the_method(flags: str, name: str) -> None:
+    asked = vars(train._parser().parse_args([*_ARGUMENTS, *flags.split()]))
+    assert train._default_out(train._new_settings(asked)) == Path(f"runs/synthetic-resnet18-{name}-seed0")
+
+
+def test_runs_of_two_methods_stand_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for flags in ("--method static", "--method static --distribution erk"):
+        arguments = [*_ARGUMENTS, *flags.split(), "--epochs", "1"]
+        assert train.main(arguments) == 0
+        assert train.main([*arguments, "--resume", "--epochs", "2"]) == 0
+        names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["synthetic-resnet18-static90-erk-seed0", "synthetic-resnet18-static90-seed0"]
+    assert all(len(_history(tmp_path / "runs" / name)) == 3 for name in names)
+    capsys.readouterr()
+    assert train.main([*_ARGUMENTS, "--method", "static"]) == 1
+    assert "--out: runs/synthetic-resnet18-static90-seed0 holds a run already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ramp", [-0.1, 1.5, float("nan")])

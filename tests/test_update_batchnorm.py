@@ -241,6 +241,44 @@ def test_what_tracks_no_statistics_is_left() -> None:
     assert not torch.equal(model[0].running_mean, torch.zeros(3))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_norm_that_is_frozen_in_training_keeps_its_statistics(sparse: bool) -> None:
+    """As those of a pretrained body in fine-tuning."""
+    model = _network(sparse).train()
+    first, second, third = _norms(model)
+    first.eval(), third.eval()
+    before = copy.deepcopy([first, third])
+    twin = copy.deepcopy(model)
+    assert update_batchnorm_(model, _inputs()) == 5
+    for norm, old in zip((first, third), before, strict=True):
+        assert_same_state(norm, old)
+        assert not norm.training
+    # The one between them sees what the frozen one gives.
+    twin = (to_dense(twin) if sparse else twin).eval().double()
+    seen: list[Tensor] = []
+    _norms(twin)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for x in _inputs():
+            twin(x.double())
+    means = torch.stack([x.mean([0, 2, 3]) for x in seen]).mean(0)
+    torch.testing.assert_close(second.running_mean.double(), means, rtol=1e-4, atol=1e-5)
+    # In a model in evaluation none is: each is then in evaluation mode.
+    model.eval()
+    update_batchnorm_(model, _inputs(2))
+    for norm, old in zip((first, third), before, strict=True):
+        assert not torch.equal(norm.running_mean, old.running_mean)
+
+
+def test_where_every_norm_is_frozen_nothing_is_run() -> None:
+    model = _network(False).train()
+    for norm in _norms(model):
+        norm.eval()
+    before = copy.deepcopy(model)
+    assert update_batchnorm_(model, iter([None])) == 0
+    assert_same_state(model, before)
+    assert model.training
+
+
 def test_a_norm_that_is_not_reached_keeps_its_statistics() -> None:
     class WithAuxiliary(nn.Module):
         def __init__(self) -> None:
