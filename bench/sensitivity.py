@@ -130,7 +130,7 @@ def plan(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line."""
-    parser = common.parser(__doc__, quick="digits, one epoch, one seed, 90% alone, no file", allocator=None)
+    parser = common.parser(__doc__, quick="digits, one epoch, one seed, 90%% alone, no file", allocator=None)
     add = parser.add_argument
     runs = [setting.name for setting in SETTINGS]
     add("--runs", type=common.names(runs), default=runs, help=f"default: {','.join(runs)}")
