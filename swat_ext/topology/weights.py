@@ -133,7 +133,7 @@ class Held:
 
     def update(self, weight: Tensor, optimizer: Optimizer, total_steps: int) -> None:
         """Replace kept weights by others, where that is due."""
-        share = self.method.replaced(self.steps / total_steps)
+        share = self.method.replaced(self.steps / total_steps) if self.method.moves else 0.0
         if self.steps % self.method.update_period or not share or weight.grad is None:
             return
         with torch.no_grad():
