@@ -82,9 +82,8 @@ class Comparison:
     def verdict(self) -> str:
         """In a sentence, whether the same time made the sparse network as accurate."""
         points = 100 * (self.swat.test_accuracy - self.dense.test_accuracy)
-        if points >= 0:
-            return f"In the time of {self.dense.epochs} dense epochs {self.swat.name} is {points:.1f} points better."
-        return f"In the time of {self.dense.epochs} dense epochs {self.swat.name} is {-points:.1f} points behind."
+        time = f"In the time of {self.dense.epochs} dense epoch{'s' * (self.dense.epochs != 1)} {self.swat.name} is"
+        return f"{time} {points:.1f} points better." if points >= 0 else f"{time} {-points:.1f} points behind."
 
     def __str__(self) -> str:
         header = ("", self.dense.name, self.swat.name, "")
