@@ -33,6 +33,15 @@ with contextlib.suppress(ImportError):
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that an earlier test compiled, counted or left behind."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """The same random numbers in every run."""
     return torch.Generator().manual_seed(20200101)

@@ -1,7 +1,6 @@
 """Under torch.compile a sparse model is one graph and takes the very steps that it takes without."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,12 +10,7 @@ from torch import nn
 import swat_ext
 from swat_ext.models.resnet import resnet18
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:

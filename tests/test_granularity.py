@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +209,7 @@ def test_a_state_of_other_blocks_is_refused() -> None:
         SWATScheduler(other, sgd(other)).load_state_dict(state)
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("granularity", ["kernel", "filter", "block 5x3"])
 def test_compiled_steps_are_those_of_eager(granularity: str) -> None:
     torch.manual_seed(0)

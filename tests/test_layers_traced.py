@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,12 +12,7 @@ from swat_ext import SWATBatchNorm2d, SWATConfig, SWATLayer, sparsify_
 from swat_ext.modules.around import become_around, has_around_form
 from swat_ext.modules.lean import LeanLayer
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -4,7 +4,7 @@ import copy
 import io
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +162,7 @@ def test_a_state_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]],
 # --- Compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_patterns_move_in_a_compiled_model_without_compiling_anew() -> None:
     torch.manual_seed(0)
     eager = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Flatten(), nn.Linear(8 * 36, 5))

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -258,15 +258,7 @@ def test_weights_in_parts_are_refused() -> None:
 # --- Compiled, resumed ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_budgets_move_in_a_compiled_model_without_compiling_anew() -> None:
     eager, model = (run_of(0, distribution="momentum", backend="sparse") for _ in range(2))
     fast = torch.compile(model.m, fullgraph=True, backend="aot_eager")

@@ -1,7 +1,6 @@
 """Sparsity that rises over training, and activations that are selected at every step at first."""
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -283,15 +282,7 @@ def test_a_state_of_the_middle_ends_where_it_was_to_end() -> None:
     assert [layer.topk_period for layer in sparse_layers(second.m)] == [5] * 4
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_budget_that_rises_compiles_nothing_anew() -> None:
     plan = {"ramp": 1.0, "topk_warmup": 4, "topk_period": 3, "backend": "sparse"}
     eager, model = run(**plan), run(**plan)
