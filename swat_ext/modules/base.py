@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Protocol, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swat_ext.config import Backend, check_block_size, check_method, check_name, check_period, check_sparsity
+from swat_ext.config import Backend, SWATConfig, check_block_size, check_name, check_period, check_sparsity
 from swat_ext.functional import Packed, decompress
 from swat_ext.modules.tracing import refuse_scripting, refuse_tracing
 from swat_ext.ops.arguments import check_tensor
@@ -503,16 +504,7 @@ def check_options(sparsity: float, options: LayerOptions) -> Budget:
     """The budget of ``sparsity``; TypeError or ValueError where it or an option is unknown or out of its range."""
     if unknown := options.keys() - LayerOptions.__annotations__.keys():
         raise TypeError(f"{min(unknown)}: expected one of {', '.join(LayerOptions.__annotations__)}")
-    full: LayerOptions = {**_DEFAULTS, **options}
-    check_sparsity("sparsity", sparsity)
-    if full["activation_sparsity"] is not None:
-        check_sparsity("activation_sparsity", full["activation_sparsity"])
-    check_method(full["method"])
-    check_name("granularity", full["granularity"])
-    check_block_size(full["block_size"])
-    check_period("topk_period", full["topk_period"])
-    check_period("weight_topk_period", full["weight_topk_period"])
-    check_name("backend", full["backend"])
+    SWATConfig(sparsity, **options)
     return Budget.of(sparsity)
 
 
@@ -520,15 +512,7 @@ def _zeros(kept: tuple[int, int] | None) -> float | None:
     return None if kept is None or not kept[1] else 1 - kept[0] / kept[1]
 
 
-_DEFAULTS: LayerOptions = {
-    "activation_sparsity": None,
-    "method": "swat",
-    "granularity": "unstructured",
-    "block_size": (8, 1),
-    "topk_period": 10,
-    "weight_topk_period": 1,
-    "backend": "auto",
-}
+_DEFAULTS: Any = {f.name: f.default for f in fields(SWATConfig) if f.name in LayerOptions.__annotations__}
 
 # What _set_up and sparsify_ give an instance.
 _OWN_ATTRIBUTES = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Block", "block_norms", "block_of", "spread"]
+__all__ = ["Block", "block_norms", "block_of", "grid_of", "spread"]
 
 Block = tuple[int, ...]
 
@@ -33,6 +33,13 @@ def block_of(granularity: str, size: Sequence[int], block_size: tuple[int, int] 
         sides = (1, 1 if granularity == "kernel" else size[1], *size[2:])
     block = tuple(min(side, max(extent, 1)) for side, extent in zip(sides, size, strict=True))
     return block if math.prod(block) > 1 else None
+
+
+def grid_of(size: Sequence[int], block: Block | None) -> list[int]:
+    """Numbers of blocks along each axis; without blocks ``size``."""
+    if block is None:
+        return list(size)
+    return [-(-extent // side) for extent, side in zip(size, block, strict=True)]
 
 
 def block_norms(weight: Tensor, block: Block | None) -> Tensor:

@@ -9,7 +9,7 @@ from swat_ext.ops.library import most_kept
 from swat_ext.ops.packed import Packed
 from swat_ext.topology.budget import Budget
 
-__all__ = ["Selection", "select_exactly"]
+__all__ = ["Selection", "is_padded", "select_exactly"]
 
 _NEVER = -1
 _STEPS, _SELECTED, _PERIOD = 0, 1, 2
@@ -92,7 +92,7 @@ class Selection:
 
     def select(self, tensor: Tensor) -> Packed:
         """About the largest elements of ``tensor`` (any shape and strides), packed; see the class."""
-        room = self.room(tensor.numel()) if _is_padded(tensor) else None
+        room = self.room(tensor.numel()) if is_padded(tensor) else None
         values, mask = torch.ops.swat_ext.select(tensor, self.threshold, self.state, room)
         packed = Packed(values, mask, tensor.shape)
         self.note(packed, tensor)
@@ -107,7 +107,7 @@ class Selection:
         if self.moves and torch.compiler.is_compiling():
             return self.select_once(tensor)
         keep = self._budget.count(tensor.numel())
-        if self._exact is not None and not _is_padded(tensor) and self._exact.dtype == tensor.dtype:
+        if self._exact is not None and not is_padded(tensor) and self._exact.dtype == tensor.dtype:
             values, mask = torch.ops.swat_ext.compress(tensor, self._exact)
             if values.numel() == keep:
                 return Packed(values, mask, tensor.shape)
@@ -130,7 +130,7 @@ class Selection:
     def repeat(self, tensor: Tensor) -> Packed:
         """What the threshold as it stands selects of ``tensor``, whether a selection is due or not."""
         keep = self._budget.count(tensor.numel())
-        room = most_kept(keep, tensor.numel()) if _is_padded(tensor) else None
+        room = self.room(tensor.numel()) if is_padded(tensor) else None
         threshold = self.threshold.to(tensor.dtype)
         values, mask = torch.ops.swat_ext.compress(tensor, threshold, keep=keep, room=room)
         return Packed(values, mask, tensor.shape)
@@ -144,7 +144,7 @@ class Selection:
     def note(self, packed: Packed, tensor: Tensor) -> None:
         """Remember how much of ``tensor`` is kept."""
         if not torch.compiler.is_compiling():
-            self.kept = None if _is_padded(tensor) else (packed.values.numel(), tensor.numel())
+            self.kept = None if is_padded(tensor) else (packed.values.numel(), tensor.numel())
 
     def get_state(self) -> dict[str, Any]:
         """What decides the next selections beside budget and period, in tensors and numbers alone."""
@@ -167,12 +167,12 @@ def select_exactly(tensor: Tensor, keep: int) -> tuple[Packed, Tensor]:
         values, mask = torch.ops.swat_ext.compress(tensor, nothing)
         return Packed(values, mask, tensor.shape), nothing
     threshold = torch.ops.swat_ext.kth_magnitude(tensor, keep)
-    padded = _is_padded(tensor)
+    padded = is_padded(tensor)
     bounds: dict[str, Any] = {"keep": keep, "room": most_kept(keep, tensor.numel())} if padded else {}
     values, mask = torch.ops.swat_ext.compress(tensor, threshold, **bounds)
     return Packed(values, mask, tensor.shape), threshold
 
 
-def _is_padded(tensor: Tensor) -> bool:
+def is_padded(tensor: Tensor) -> bool:
     """Whether the length of packed values is to follow from sizes alone: to know it would wait, or cannot be traced."""
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from swat_ext.ops.packed import Packed, Pattern, pack
-from swat_ext.topology.blocks import Block, block_norms, spread
+from swat_ext.topology.blocks import Block, block_norms, grid_of, spread
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.methods import Method
-from swat_ext.topology.selection import Selection
+from swat_ext.topology.selection import Selection, is_padded
 
 __all__ = ["Held", "Largest", "check_whole"]
 
@@ -45,7 +45,7 @@ class Largest(Selection):
         """Elements of ``weight`` that the budget keeps; of smaller blocks at the ends it may be fewer."""
         if self.block is None:
             return self._budget.count(weight.numel())
-        blocks = math.prod(-(-extent // side) for extent, side in zip(weight.shape, self.block, strict=True))
+        blocks = math.prod(grid_of(weight.shape, self.block))
         return min(self._budget.count(blocks) * math.prod(self.block), weight.numel())
 
     def as_it_is(self, weight: Tensor) -> Packed:
@@ -60,7 +60,7 @@ class Largest(Selection):
         # What is not finite lies in blocks whose norms are not either: those are kept.
         masked = weight * spread(kept.to(weight.dtype), weight.shape, self.block)
         room = None
-        if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        if is_padded(weight):
             room = min(chosen.values.shape[0] * torch.Size(self.block).numel(), weight.numel())
         values, mask = torch.ops.swat_ext.compress(
             masked, torch.zeros_like(self.threshold, dtype=weight.dtype), room=room
@@ -82,17 +82,16 @@ class Held:
         pattern: which weights are kept.
     """
 
-    moves = False
     age = None
 
     def __init__(self, weight: Tensor, budget: Budget, method: Method, block: Block | None, number: int) -> None:
         self.budget, self.method, self.block, self.number = budget, method, block, number
         self.steps = 0
         self.kept: tuple[int, int] | None = None
-        grid = block_norms(torch.empty(weight.shape, device="meta"), block).shape
+        grid = grid_of(weight.shape, block)
         # Explicitly on the CPU, as the generator: under torch.device("meta") a default would have no values.
         scores = torch.rand(grid, generator=self._generator(), device="cpu")
-        self._hold(_largest(scores, budget.count(grid.numel())), weight)
+        self._hold(_largest(scores, budget.count(math.prod(grid))), weight)
 
     def _generator(self) -> torch.Generator:
         key = f"{self.method.seed} {self.number} {self.steps}"
@@ -105,6 +104,10 @@ class Held:
         self.pattern = Pattern(mask, weight.shape, pattern.kept)
         self.kept = pattern.kept, weight.numel()
 
+    def _kept_blocks(self) -> Tensor:
+        """The bool grid of blocks that are kept."""
+        return block_norms(self.pattern.dense().float(), self.block) > 0
+
     def pack(self, weight: Tensor, training: bool) -> Packed:
         """The kept weights; in evaluation all that are not zero.
 
@@ -112,7 +115,7 @@ class Held:
         """
         if training:
             return pack(weight, self.pattern)
-        room = weight.numel() if torch.compiler.is_compiling() or weight.device.type != "cpu" else None
+        room = weight.numel() if is_padded(weight) else None
         values, mask = torch.ops.swat_ext.compress(weight, weight.new_zeros(()), room=room)
         return Packed(values, mask, weight.shape)
 
@@ -143,7 +146,7 @@ class Held:
         if self.steps % self.method.update_period or not share or weight.grad is None:
             return
         with torch.no_grad():
-            kept = block_norms(self.pattern.dense().float(), self.block) > 0
+            kept = self._kept_blocks()
             number = int(share * int(kept.sum()))
             worth = block_norms(self.method.drop(weight.detach()), self.block)
             # What is no number stays, as in SWAT: a diverging run must still show it.
@@ -161,13 +164,9 @@ class Held:
     def adopt(self, weight: Tensor) -> None:
         """Take the pattern from a weight that was loaded: its largest blocks, and old ones where it has too few."""
         norms = block_norms(weight.detach(), self.block)
-        before = block_norms(self.pattern.dense().float(), self.block) > 0
-        scores = torch.where(norms != 0, norms, torch.where(before, -1.0, -2.0).to(norms.dtype))
+        scores = torch.where(norms != 0, norms, torch.where(self._kept_blocks(), -1.0, -2.0).to(norms.dtype))
         self._hold(_largest(scores, self.budget.count(norms.numel())), weight)
         self.clear(weight)
-
-    def forget(self) -> None:
-        """Nothing is selected by a threshold."""
 
     def move(self, like: Tensor) -> None:
         """Follow the weight to its device."""
