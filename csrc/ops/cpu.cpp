@@ -146,6 +146,19 @@ Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
   });
 }
 
+// The filters, slices of the first dimension of a weight, that are kept as a whole: int64, ascending.
+Tensor whole_filters(const Tensor& mask, const Ints& size) {
+  STD_TORCH_CHECK(!size.empty(), "size: expected at least one dimension");
+  check_extents("size", size);
+  const int64_t numel = product(size);
+  check_mask("mask", mask, numel, mask);
+  const std::vector<int64_t> found =
+      cpu::whole_slices(reinterpret_cast<const uint64_t*>(mask.const_data_ptr<int64_t>()), numel, size[0]);
+  Tensor filters = empty({static_cast<int64_t>(found.size())}, ScalarType::Long);
+  std::copy(found.begin(), found.end(), filters.mutable_data_ptr<int64_t>());
+  return filters;
+}
+
 // Elements [begin, end) of the first dimension of a packed tensor; of one without dimensions, its element.
 Tensor unpack(const Tensor& values, const Tensor& mask, const Ints& size, int64_t begin, int64_t end,
               bool channels_last) {
@@ -231,6 +244,7 @@ SWAT_LIBRARY_IMPL(CPU, m) {
   m.impl("compress", TORCH_BOX(&swat::compress));
   m.impl("select", TORCH_BOX(&swat::select));
   m.impl("take", TORCH_BOX(&swat::take));
+  m.impl("whole_filters", TORCH_BOX(&swat::whole_filters));
   m.impl("decompress", TORCH_BOX(&swat::decompress));
   m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));
   m.impl("bias_grad", TORCH_BOX(&swat::bias_grad));
