@@ -28,10 +28,14 @@ def kept_filters(values: Tensor, mask: Tensor, size: Sequence[int], geometry: Ge
 
     Returns:
         None where single weights are dropped, or one is not finite; for groups, where the filters left would not be
-        equally many; and where to know would wait for a device or, in a compiled graph, is not possible.
+        equally many; for padding of more than half a kernel; and where to know would wait for a device or, in a
+        compiled graph, is not possible.
     """
     if geometry is None or geometry.groups > 1 or mask.device.type != "cpu" or torch.compiler.is_compiling():
         return None
+    spans = [geometry.dilation[axis] * (size[2 + axis] - 1) + 1 for axis in range(2)]
+    if any(2 * padding > spans[side // 2] for side, padding in enumerate(geometry.padding)):
+        return None  # PyTorch's kernels have crashed on padding that wide
     kept, length = values.shape[0], size[1] * size[2] * size[3]
     if not kept or kept % length:
         return None
