@@ -177,7 +177,10 @@ def _table() -> list[tuple[str, str, str]]:
             elif name.endswith("size"):
                 wrongs = [wrong for wrong in _SIZES if not alone or wrong != "more dimensions"]
             elif name in ("input", "grad_output"):
-                wrongs = ["int64", "half"] + ["smaller", "no dimensions"] * (not alone and operator != "conv2d")
+                half = ["half"] * (
+                    operator not in ("kth_magnitude", "select", "take", "bias_grad")
+                )  # beside others of float32
+                wrongs = ["int64", *half] + ["smaller", "no dimensions"] * (not alone and operator != "conv2d")
             else:
                 wrongs = list({**_LISTS, **_OTHERS}.get(name, {}))
                 if operator == "select" and name == "threshold":

@@ -36,6 +36,8 @@ def kept_filters(values: Tensor, mask: Tensor, size: Sequence[int], geometry: Ge
     spans = [geometry.dilation[axis] * (size[2 + axis] - 1) + 1 for axis in range(2)]
     if any(2 * padding > spans[side // 2] for side, padding in enumerate(geometry.padding)):
         return None  # PyTorch's kernels have crashed on padding that wide
+    if values.dtype not in (torch.float32, torch.float64):
+        return None  # of these PyTorch's kernels are slow but on few processors
     kept, length = values.shape[0], size[1] * size[2] * size[3]
     if not kept or kept % length:
         return None
