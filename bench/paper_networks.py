@@ -24,17 +24,35 @@ _BATCHES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network, its images and the batches that it is measured at."""
+    """A network, its images and the batches that it is measured at.
+
+    Attributes:
+        name: in ``swat_ext.models.MODELS``, or that of a model of pytorchcv.
+        title: what tables call it.
+        size: pixels along each side of an image.
+        classes: of the labels.
+        batches: images in a step.
+        elsewhere: whether it is pytorchcv's.
+    """
 
     name: str
     title: str
     size: int
     classes: int
     batches: tuple[int, ...]
+    elsewhere: bool = False
 
     def build(self, *, width: float = 1.0, seed: int = 0) -> nn.Module:
         """Dense, in training mode, the same weights each time."""
         torch.manual_seed(seed)
+        if self.elsewhere:
+            from pytorchcv.model_provider import get_model
+
+            if width != 1:
+                raise ValueError(f"width: expected 1, as {self.title} has no other, got {width}")
+            model = get_model(self.name, num_classes=self.classes)
+            model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # theirs fits one size
+            return model.train()
         stem = "cifar" if self.size < 64 else "imagenet"
         return build_model(self.name, self.classes, in_channels=3, stem=stem, width=width).train()
 
@@ -57,6 +75,9 @@ NETWORKS = {
         Network("wrn16_8", "WRN-16-8", 32, 10, (64, 128)),
         Network("densenet121", "DenseNet-121", 32, 10, (64, 128)),
         Network("resnet50", "ResNet-50 at 224", 224, 1000, (16,)),
+        Network("mobilenetv2_w1", "MobileNetV2 at 224", 224, 1000, (8,), elsewhere=True),
+        Network("efficientnet_b0", "EfficientNet-B0 at 224", 224, 1000, (8,), elsewhere=True),
+        Network("shufflenetv2_w1", "ShuffleNetV2 at 224", 224, 1000, (8,), elsewhere=True),
     )
 }
 

@@ -4,8 +4,9 @@ Nothing here keeps state. What multiplies is ``top(weight)``, the elements with 
 saved for the gradient of the weight is ``top(input)``, packed. Gradients are those of SWAT (Raihan and Aamodt, arXiv
 2001.01969): the input's uses the kept weights alone, the weight's is dense and uses the kept activations alone.
 
-Under ``torch.autocast`` results have its dtype, as those of PyTorch's layers have. On CUDA everything is multiplied and
-saved in that dtype, with sums in float32; on the CPU in float32. Weights are selected in their own dtype.
+Tensors may be float32, float64, bfloat16 or float16. Half types are what is saved and returned; sums are in float32.
+Under ``torch.autocast`` operands and results have its dtype, as those of PyTorch's layers have; weights are selected in
+their own.
 """
 
 import math
@@ -60,8 +61,7 @@ def kth_magnitude(input: Tensor, k: int) -> Tensor:
     """The ``k``-th largest ``|input|``, exactly, in linear time (spec: "Selection").
 
     Args:
-        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides. NaN counts as larger than
-            infinity.
+        input: any shape and strides. NaN counts as larger than infinity.
         k: from 1 to ``input.numel()``.
 
     Returns:
@@ -84,7 +84,7 @@ def compress(input: Tensor, threshold: float | Tensor) -> Packed:
     On CUDA this waits for the device, which alone knows how many those are; layers, which have a budget, do not wait.
 
     Args:
-        input: float32 or float64 (CUDA: bfloat16 or float16 too), any shape and strides.
+        input: any shape and strides.
         threshold: float or 0-dim tensor, at least 0. NaN and infinite elements are always kept.
 
     Returns:
@@ -106,7 +106,7 @@ def pattern(
     "Granularity"). A kept weight that is exactly 0 stays in the pattern.
 
     Args:
-        weight: ``[O, I, kh, kw]`` or ``[out, in]``, float32 or float64; of any shape if "unstructured".
+        weight: ``[O, I, kh, kw]`` or ``[out, in]``; of any shape if "unstructured".
         sparsity: fraction to drop, in [0, 1).
         granularity: "unstructured", "kernel", "filter" or "block"; "kernel" and "filter" of a matrix are unstructured.
         block_size: output and input channels of a "block", which covers them at one tap.
@@ -217,8 +217,8 @@ def _cast_and_convolve(
     """:func:`swat_ext.ops.convolution.convolve`, in the dtypes of autocast where that is on."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {sorted(BACKENDS)}, got {backend!r}")
-    cast = autocast_of(input)
-    if cast is None:
+    dtype = autocast_of(input)
+    if dtype is None:
         check_tensor("input", input)
         check_like("weight", weight, "input", input)
         for name, packed in (("packed_weight", packed_weight), ("packed_input", packed_input)):
@@ -227,17 +227,16 @@ def _cast_and_convolve(
         return convolve(
             input, weight, bias, packed_weight, packed_input, geometry, backend=backend, from_weight=from_weight
         )
-    output = convolve(
-        input.to(cast.compute),
-        weight.to(cast.compute),
-        None if bias is None else bias.to(cast.compute),
-        packed_weight._replace(values=packed_weight.values.to(cast.compute)),
-        None if packed_input is None else packed_input._replace(values=packed_input.values.to(cast.compute)),
+    return convolve(
+        input.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        packed_weight._replace(values=packed_weight.values.to(dtype)),
+        None if packed_input is None else packed_input._replace(values=packed_input.values.to(dtype)),
         geometry,
         backend=backend,
         from_weight=from_weight,
     )
-    return output.to(cast.result)
 
 
 def conv2d(
@@ -259,7 +258,7 @@ def conv2d(
     is dense.
 
     Args:
-        input: ``[N, C, H, W]`` or ``[C, H, W]``, float32 or float64, any strides, any batch size from 0.
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, any strides, any batch size from 0.
         weight: ``[O, C / groups, kh, kw]``, same dtype.
         bias: ``[O]`` or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding may be 'same' or 'valid'.
@@ -290,7 +289,7 @@ def linear(
     """SWAT's linear layer: ``input @ top(weight).T + bias``; see :func:`conv2d` for what is saved and the gradients.
 
     Args:
-        input: ``[..., in_features]``, float32 or float64.
+        input: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, same dtype.
         bias: ``[out_features]`` or None.
         weight_threshold, activation_threshold: floats or 0-dim tensors, at least 0; 0 is exactly dense. Or patterns, as

@@ -16,7 +16,7 @@ from swat_ext.modules import SWATLayer
 from swat_ext.modules.around import become_around, become_plain, has_around_form
 from swat_ext.modules.base import LayerOptions
 from swat_ext.modules.forms import sparse_form
-from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, supported_dtypes
+from swat_ext.ops.arguments import HAS_CUDA, HOW_TO_BUILD_CUDA, SUPPORTED_DTYPES
 from swat_ext.topology.budget import Budget
 from swat_ext.topology.distribution import erk
 
@@ -259,9 +259,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is not a parameter of its own (weight_norm, spectral_norm, pruning)"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter"
-    if weight.dtype not in supported_dtypes(weight.device):
-        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in supported_dtypes(weight.device))
-        return f"its weight is {weight.dtype}; {names} are supported"
+    if weight.dtype not in SUPPORTED_DTYPES:
+        return f"its weight is {weight.dtype}; float32, float64, bfloat16 and float16 are supported"
     if weight.device.type not in ("cpu", "cuda", "meta"):
         return f"its weight is on {weight.device}; there are kernels for CPU and CUDA"
     if weight.device.type == "cuda" and not HAS_CUDA:

@@ -256,7 +256,7 @@ def test_wrong_arguments_are_named() -> None:
     x, weight = torch.randn(2, 3, 4, 4), torch.ones(3)
     output, mean, invstd, _, codes, scale = norm(x, weight, weight, EPS, "int8", torch.tensor(1))
     for arguments, message in [
-        ((x.half(), None, None, EPS, "exact", None), "input: expected dtype float32 or float64"),
+        ((x.long(), None, None, EPS, "exact", None), "input: expected dtype float32, float64, bfloat16 or float16"),
         ((x[0], None, None, EPS, "exact", None), r"input: expected \[N, C, H, W\] or \[N, C\]"),
         ((x[:1, :, :1, :1], None, None, EPS, "exact", None), "input: expected more than 1 value per channel"),
         ((x, weight[:2], None, EPS, "exact", None), r"weight: expected size \[3\], got \[2\]"),

@@ -99,6 +99,39 @@ def test_layers(
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_structure(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, calls = load("structure"), load("layer_calls")
+    monkeypatch.setattr(structure, "RESNET18", {"3x3": [calls.Layer(16, 16, 4, 3, 1, count) for count in (4, 3)]})
+    out = tmp_path / "structure.json"
+    options = ["--sparsities", "50,90", "--rounds", "1", "--batch", "2", "--allocator", "default", "--out", str(out)]
+    structure.main(options)
+    rows = _rows(out)
+    assert len(rows) == 2 * 2 * 4
+    assert all(row["conditions"].keys() >= CONDITIONS for row in rows)
+    assert all(row["forward_ms"] > 0 and row["input_grad_ms"] > 0 for row in rows)
+    text = out.with_suffix(".md").read_text(encoding="utf-8")
+    expected = sum(
+        row["count"] * (row["forward_ms"] + row["input_grad_ms"])
+        for row in rows
+        if (row["sparsity"], row["granularity"]) == (0.9, "kernel")
+    )
+    assert f"| {expected:.0f} ms, " in text
+
+
+def test_half(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = load("half")
+    monkeypatch.setattr(half, "Worker", _Here)
+    out = tmp_path / "half.json"
+    half.main(["--quick", "--threads", "1", "--allocator", "default", "--out", str(out)])
+    rows = {(row["form"], row["sparsity"], row["batchnorm"]): row for row in _rows(out)}
+    assert len(rows) == 9
+    held = {key: row["held_bytes"] for key, row in rows.items()}
+    assert held["bfloat16", 0.0, "exact"] == pytest.approx(held["float32", 0.0, "exact"] / 2, rel=0.02)
+    assert held["bfloat16", 0.9, "exact"] < 0.6 * held["float32", 0.9, "exact"]
+    assert held["bfloat16", 0.9, "int8"] < held["bfloat16", 0.9, "exact"]
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count(" MiB") == 9
+
+
 def test_selection_is_part_of_a_layers_step(load: Load) -> None:
     timing = {"median_ms": 1.0, "best_ms": 1.0, "rounds": 3}
     names = [f"{what} {name}" for what in ("dense NCHW", "0.90") for name in ("forward", "input grad", "weight grad")]

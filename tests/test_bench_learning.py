@@ -27,7 +27,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
 
 def _quick(out: Path, *more: str) -> list[str]:
-    return ["--quick", "--threads", "1", "--allocator", "default", "--width", "0.0625", "--out", str(out), *more]
+    return ["--quick", "--threads", "1", "--allocator", "default", "--width", "0.5", "--out", str(out), *more]
 
 
 def test_quick_runs_and_then_has_nothing_left_to_run(

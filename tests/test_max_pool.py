@@ -150,7 +150,7 @@ def test_wrong_arguments_are_named() -> None:
     x = torch.randn(2, 3, 8, 8)
     usual: tuple[Any, ...] = ([2, 2], [2, 2], [0, 0], [1, 1], False)
     for input, changes, message in [
-        (x.half(), {}, "input: expected dtype"),
+        (x.long(), {}, "input: expected dtype"),
         (x[0], {}, "input: expected 4 dimensions"),
         (x, {0: [17, 17]}, "kernel_size: expected an area of at most 256"),
         (x, {0: [0, 2]}, "kernel_size: expected two integers of at least 1"),

@@ -64,6 +64,7 @@ def _calls() -> dict[str, dict[str, Any]]:
             "input_mask": row_mask,
             "weight_size": [40, 60],
         },
+        "whole_filters": {"mask": weight_mask, "size": both["weight_size"]},
         "bias_grad": {"grad_output": output, "dim": 1},
     }
 
@@ -159,12 +160,16 @@ _OTHERS = {
 }
 
 
+# Operators of one tensor.
+_ALONE = ("kth_magnitude", "compress", "select", "bias_grad", "decompress", "decompress_part", "whole_filters")
+
+
 def _table() -> list[tuple[str, str, str]]:
     """(operator, argument, what is wrong)."""
     rows = []
     for operator, arguments in _calls().items():
         for name, value in arguments.items():
-            alone = operator in ("kth_magnitude", "compress", "select", "bias_grad", "decompress", "decompress_part")
+            alone = operator in _ALONE
             if name.endswith("values"):
                 wrongs = [wrong for wrong in _bad_values(value) if not alone or wrong != "another dtype"]
             elif name.endswith("mask"):
@@ -172,7 +177,10 @@ def _table() -> list[tuple[str, str, str]]:
             elif name.endswith("size"):
                 wrongs = [wrong for wrong in _SIZES if not alone or wrong != "more dimensions"]
             elif name in ("input", "grad_output"):
-                wrongs = ["int64", "half"] + ["smaller", "no dimensions"] * (not alone and operator != "conv2d")
+                half = ["half"] * (
+                    operator not in ("kth_magnitude", "select", "take", "bias_grad")
+                )  # beside others of float32
+                wrongs = ["int64", *half] + ["smaller", "no dimensions"] * (not alone and operator != "conv2d")
             else:
                 wrongs = list({**_LISTS, **_OTHERS}.get(name, {}))
                 if operator == "select" and name == "threshold":

@@ -195,7 +195,7 @@ def test_take_refuses_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="mask: expected 2 words for 50 elements, got 3"):
         torch.ops.swat_ext.take(input[:50], packed.mask, 50)
     with pytest.raises(RuntimeError, match="input: expected"):
-        torch.ops.swat_ext.take(input.half(), packed.mask, 50)
+        torch.ops.swat_ext.take(input.long(), packed.mask, 50)
 
 
 def _bounds(keep: int, numel: int) -> tuple[int, int]:

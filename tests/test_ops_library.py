@@ -147,6 +147,12 @@ def _lying(*size: int) -> list[torch.Tensor]:
     ]
 
 
+def _filters() -> list[tuple[Any, ...]]:
+    weight = _randn(7, 5, 3, 2)
+    weight[[0, 4]] = 0
+    return [(_packed(weight.abs() + _THRESHOLD * (weight != 0))[1], list(weight.shape)), (_packed(weight)[1], [70, 3])]
+
+
 def _relus() -> list[tuple[Any, ...]]:
     samples = [_randn(3, 5), _randn(0, 4), _randn(9, dtype=torch.float64), *_lying(2, 3, 5, 7), _randn(4, 5, 6).mT]
     return [(sample,) for sample in samples]
@@ -213,6 +219,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "relu_backward": _relu_grads,
     "select": _selections,
     "take": _takes,
+    "whole_filters": _filters,
 }
 
 

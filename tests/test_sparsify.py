@@ -174,7 +174,6 @@ IMPOSSIBLE = [
     (weight_normed, "its weight is not a parameter of its own"),
     (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "its weight is parametrized"),
     (lambda: prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5), "its weight is not a parameter of its own"),
-    (lambda: nn.Linear(4, 4).bfloat16(), r"its weight is torch\.bfloat16"),
     (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"its weight is torch\.complex64"),
     (patched, "its forward was replaced on the instance"),
 ]

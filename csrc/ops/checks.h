@@ -58,7 +58,8 @@ inline void check_extents(const char* name, const Ints& size) {
 
 inline void check_dtype(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, name,
-                  ": expected dtype float32 or float64, got scalar type ", static_cast<int>(tensor.scalar_type()));
+                  ": expected dtype float32, float64, bfloat16 or float16, got scalar type ",
+                  static_cast<int>(tensor.scalar_type()));
 }
 
 inline void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& reference) {

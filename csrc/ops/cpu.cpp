@@ -13,6 +13,7 @@
 #include "../kernels/cpu/packing.h"
 #include "convolutions.h"
 #include "cpu_common.h"
+#include "cpu_half.h"
 #include "library.h"
 #include "selection.h"
 
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> compress(const Tensor& input, const Tensor& threshold
 }
 
 std::tuple<Tensor, Tensor> select(const Tensor& input, Tensor threshold, Tensor state, std::optional<int64_t> room) {
-  return select_by_state(input, threshold, state, room, kth_magnitude, compress);
+  return select_by_state(input, threshold, state, room, InFloat<&kth_magnitude>::call, InFloat<&compress>::call);
 }
 
 Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
@@ -144,6 +145,19 @@ Tensor take(const Tensor& input, const Tensor& mask, int64_t count) {
     }
     return values;
   });
+}
+
+// The filters, slices of the first dimension of a weight, that are kept as a whole: int64, ascending.
+Tensor whole_filters(const Tensor& mask, const Ints& size) {
+  STD_TORCH_CHECK(!size.empty(), "size: expected at least one dimension");
+  check_extents("size", size);
+  const int64_t numel = product(size);
+  check_mask("mask", mask, numel, mask);
+  const std::vector<int64_t> found =
+      cpu::whole_slices(reinterpret_cast<const uint64_t*>(mask.const_data_ptr<int64_t>()), numel, size[0]);
+  Tensor filters = empty({static_cast<int64_t>(found.size())}, ScalarType::Long);
+  std::copy(found.begin(), found.end(), filters.mutable_data_ptr<int64_t>());
+  return filters;
 }
 
 // Elements [begin, end) of the first dimension of a packed tensor; of one without dimensions, its element.
@@ -227,18 +241,20 @@ struct Cpu {
 }  // namespace swat
 
 SWAT_LIBRARY_IMPL(CPU, m) {
-  m.impl("kth_magnitude", TORCH_BOX(&swat::kth_magnitude));
-  m.impl("compress", TORCH_BOX(&swat::compress));
+  using swat::InFloat;
+  m.impl("kth_magnitude", TORCH_BOX(&InFloat<&swat::kth_magnitude>::call));
+  m.impl("compress", TORCH_BOX(&InFloat<&swat::compress>::call));
   m.impl("select", TORCH_BOX(&swat::select));
-  m.impl("take", TORCH_BOX(&swat::take));
-  m.impl("decompress", TORCH_BOX(&swat::decompress));
-  m.impl("decompress_part", TORCH_BOX(&swat::decompress_part));
-  m.impl("bias_grad", TORCH_BOX(&swat::bias_grad));
+  m.impl("take", TORCH_BOX(&InFloat<&swat::take>::call));
+  m.impl("whole_filters", TORCH_BOX(&swat::whole_filters));
+  m.impl("decompress", TORCH_BOX(&InFloat<&swat::decompress>::call));
+  m.impl("decompress_part", TORCH_BOX(&InFloat<&swat::decompress_part>::call));
+  m.impl("bias_grad", TORCH_BOX(&InFloat<&swat::bias_grad>::call));
   using Convolutions = swat::Convolutions<swat::Cpu>;
-  m.impl("conv2d", TORCH_BOX(&Convolutions::conv2d));
-  m.impl("conv2d_input_grad", TORCH_BOX(&Convolutions::conv2d_input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&Convolutions::conv2d_weight_grad));
-  m.impl("linear", TORCH_BOX(&Convolutions::linear));
-  m.impl("linear_input_grad", TORCH_BOX(&Convolutions::linear_input_grad));
-  m.impl("linear_weight_grad", TORCH_BOX(&Convolutions::linear_weight_grad));
+  m.impl("conv2d", TORCH_BOX(&InFloat<&Convolutions::conv2d>::call));
+  m.impl("conv2d_input_grad", TORCH_BOX(&InFloat<&Convolutions::conv2d_input_grad>::call));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&InFloat<&Convolutions::conv2d_weight_grad>::call));
+  m.impl("linear", TORCH_BOX(&InFloat<&Convolutions::linear>::call));
+  m.impl("linear_input_grad", TORCH_BOX(&InFloat<&Convolutions::linear_input_grad>::call));
+  m.impl("linear_weight_grad", TORCH_BOX(&InFloat<&Convolutions::linear_weight_grad>::call));
 }

@@ -4,6 +4,7 @@
 #include "../kernels/cpu/max_pool.h"
 #include "../kernels/cpu/relu.h"
 #include "cpu_common.h"
+#include "cpu_half.h"
 #include "layers.h"
 
 namespace swat {
@@ -48,7 +49,59 @@ struct CpuLayers {
   }
 };
 
+using OnCpu = Layers<CpuLayers>;
+
+// The operators that InFloat does not fit: they write to an argument, or only some of what they take and give is half.
+
+Tensor relu_in_place(Tensor input) {
+  if (!is_half(input.scalar_type())) return OnCpu::relu_(input);
+  check_writable("input", input);
+  const auto [output, mask] = OnCpu::relu(widened(input));
+  torch::stable::copy_(input, output);
+  return mask;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& input,
+                                                                      const std::optional<Tensor>& weight,
+                                                                      const std::optional<Tensor>& bias, double eps,
+                                                                      const std::string& saved,
+                                                                      const std::optional<Tensor>& seed) {
+  const ScalarType dtype = input.scalar_type();
+  if (!is_half(dtype)) return OnCpu::batch_norm(input, weight, bias, eps, saved, seed);
+  auto results = narrowed(
+      OnCpu::batch_norm(widened(input), widened_if(weight, dtype), widened_if(bias, dtype), eps, saved, seed), dtype);
+  if (saved == "exact") std::get<4>(results) = empty({0}, dtype);
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& saved,
+                                                       const std::optional<Tensor>& scale, const Tensor& mean,
+                                                       const Tensor& invstd, const std::optional<Tensor>& weight,
+                                                       const std::string& saved_as) {
+  const ScalarType dtype = grad_output.scalar_type();
+  if (!is_half(dtype)) return OnCpu::batch_norm_backward(grad_output, saved, scale, mean, invstd, weight, saved_as);
+  const bool exact = saved_as == "exact";
+  if (exact) check_same_dtype("saved", saved, grad_output);
+  auto results = narrowed(OnCpu::batch_norm_backward(widened(grad_output), exact ? widened(saved) : saved, scale, mean,
+                                                     invstd, widened_if(weight, dtype), saved_as),
+                          dtype);
+  if (!weight || weight->scalar_type() == dtype) {
+    std::get<1>(results) = narrowed(std::get<1>(results), dtype);
+    std::get<2>(results) = narrowed(std::get<2>(results), dtype);
+  }
+  return results;
+}
+
 }  // namespace
 }  // namespace swat
 
-SWAT_LIBRARY_IMPL(CPU, m) { swat::implement_layers<swat::CpuLayers>(m); }
+SWAT_LIBRARY_IMPL(CPU, m) {
+  using swat::InFloat, swat::OnCpu;
+  m.impl("relu", TORCH_BOX(&InFloat<&OnCpu::relu>::call));
+  m.impl("relu_", TORCH_BOX(&swat::relu_in_place));
+  m.impl("relu_backward", TORCH_BOX(&InFloat<&OnCpu::relu_backward>::call));
+  m.impl("batch_norm", TORCH_BOX(&swat::batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&swat::batch_norm_backward));
+  m.impl("max_pool2d", TORCH_BOX(&InFloat<&OnCpu::max_pool2d>::call));
+  m.impl("max_pool2d_backward", TORCH_BOX(&InFloat<&OnCpu::max_pool2d_backward>::call));
+}

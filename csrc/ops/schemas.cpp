@@ -9,6 +9,7 @@ SWAT_LIBRARY(m) {
       "mask)");
   m.def("select(Tensor input, Tensor(a!) threshold, Tensor(b!) state, SymInt? room) -> (Tensor values, Tensor mask)");
   m.def("take(Tensor input, Tensor mask, SymInt count) -> Tensor");
+  m.def("whole_filters(Tensor mask, SymInt[] size) -> Tensor");
   m.def("decompress(Tensor values, Tensor mask, SymInt[] size, bool channels_last) -> Tensor");
   m.def(
       "decompress_part(Tensor values, Tensor mask, SymInt[] size, SymInt begin, SymInt end, bool channels_last) -> "

@@ -22,7 +22,7 @@ class SWATBatchNorm2d(LeanLayer, nn.BatchNorm2d):
     bias stay unbiased. The random numbers depend on ``num_batches_tracked``, the position and the statistics alone: the
     same step gives the same bits, on any number of threads, though not on another instruction set or device.
 
-    For ``[N, C, H, W]`` in float32 and float64, and in bfloat16 and float16 on CUDA, where weights may be float32.
+    For ``[N, C, H, W]`` in float32, float64, bfloat16 and float16; beside the last two weights may be float32.
     Elsewhere, in evaluation with running statistics, and where weight and input differ otherwise, it is PyTorch's own.
 
     Args:

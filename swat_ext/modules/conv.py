@@ -21,7 +21,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            as in :class:`torch.nn.Conv2d`; dtype float32 or float64.
+            as in :class:`torch.nn.Conv2d`; dtype float32, float64, bfloat16 or float16.
         sparsity, options: ``sparsity``, ``activation_sparsity``, ``method``, ``granularity``, ``block_size``,
             ``topk_period``, ``weight_topk_period`` and ``backend`` as in :class:`swat_ext.SWATConfig`.
 

@@ -17,7 +17,8 @@ class SWATLinear(SWATLayer, nn.Linear):
     """:class:`torch.nn.Linear` that trains by SWAT (Raihan and Aamodt, arXiv 2001.01969, algorithm 1).
 
     Args:
-        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`; dtype float32 or float64.
+        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`; dtype float32, float64, bfloat16
+            or float16.
         sparsity, options: ``sparsity``, ``activation_sparsity``, ``method``, ``granularity``, ``block_size``,
             ``topk_period``, ``weight_topk_period`` and ``backend`` as in :class:`swat_ext.SWATConfig`.
 

@@ -17,7 +17,7 @@ class SWATMaxPool2d(LeanLayer, nn.MaxPool2d):
     Saves one byte an output, the position of the maximum in its window, where PyTorch's saves the input and eight bytes
     an output.
 
-    For ``[N, C, H, W]`` in float32 and float64, and in bfloat16 and float16 on CUDA, and windows of at most 256
+    For ``[N, C, H, W]`` in float32, float64, bfloat16 and float16, and windows of at most 256
     elements. Elsewhere, and with ``return_indices``, it is PyTorch's own.
 
     Args:

@@ -16,7 +16,7 @@ __all__ = ["SWATReLU"]
 class SWATReLU(LeanLayer, nn.ReLU):
     """:class:`torch.nn.ReLU` in results and gradients, bit for bit; saves ``numel / 8`` bytes and not its output.
 
-    For float32 and float64, and for bfloat16 and float16 on CUDA. Elsewhere, and where no gradient is asked for, it is
+    For float32, float64, bfloat16 and float16. Elsewhere, and where no gradient is asked for, it is
     PyTorch's own.
 
     Args:

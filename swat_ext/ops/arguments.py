@@ -11,14 +11,14 @@ from swat_ext import _C
 __all__ = [
     "HAS_CUDA",
     "HOW_TO_BUILD_CUDA",
+    "SUPPORTED_DTYPES",
     "as_threshold",
     "check_like",
     "check_tensor",
-    "supported_dtypes",
 ]
 
-_FULL = (torch.float32, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
+#: What tensors may be kept in. The half types are computed in float32 on the CPU; on CUDA sums are.
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HAS_CUDA = _C.build_info()["cuda"]
 HOW_TO_BUILD_CUDA = (
     "this build of swat_ext has no CUDA kernels; where torch has CUDA and nvcc is on the PATH, run "
@@ -30,7 +30,7 @@ def check_tensor(name: str, tensor: object) -> None:
     """Raise TypeError or NotImplementedError, naming ``name``, unless there are kernels for such a ``tensor``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if tensor.is_cpu and tensor.dtype in _FULL and tensor.layout == torch.strided:
+    if tensor.is_cpu and tensor.dtype in SUPPORTED_DTYPES and tensor.layout == torch.strided:
         return  # the usual case, several times in each call of a layer
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
@@ -39,15 +39,8 @@ def check_tensor(name: str, tensor: object) -> None:
         raise NotImplementedError(f"{name}: expected a CPU tensor, got device {tensor.device}; {HOW_TO_BUILD_CUDA}")
     if kind not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
-    if tensor.dtype not in supported_dtypes(tensor.device):
-        halves = ", bfloat16 or float16" if kind == "cuda" else ""
-        numbers = "float32, float64" if halves else "float32 or float64"
-        raise TypeError(f"{name}: expected dtype {numbers}{halves}, got {tensor.dtype}")
-
-
-def supported_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes that there are kernels for on ``device``."""
-    return _FULL + _HALF if device.type == "cuda" else _FULL
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swat_ext import _C  # noqa: F401  (loading it registers the operators)
-from swat_ext.ops.arguments import HAS_CUDA, supported_dtypes
+from swat_ext.ops.arguments import HAS_CUDA, SUPPORTED_DTYPES
 from swat_ext.ops.layout import empty, is_channels_last, memory_format, suggests_channels_last
 from swat_ext.ops.torch_private import transforms_active
 
@@ -32,13 +32,13 @@ def is_traced() -> bool:
 def has_kernels(input: object) -> bool:
     """Whether the layers around the convolutions have kernels for ``input``, a dense tensor on the CPU or on CUDA.
 
-    On the CPU in float32 and float64, on CUDA in bfloat16 and float16 too, where this build has CUDA kernels. On shapes
-    alone ("meta") they stand for the CPU's, so that what they would hold can be counted.
+    On CUDA where this build has CUDA kernels. On shapes alone ("meta") they stand for the CPU's, so that what they
+    would hold can be counted.
     """
     if not isinstance(input, Tensor) or input.layout != torch.strided or is_traced():
         return False
     kind = input.device.type
-    return (kind in ("cpu", "meta") or (kind == "cuda" and HAS_CUDA)) and input.dtype in supported_dtypes(input.device)
+    return (kind in ("cpu", "meta") or (kind == "cuda" and HAS_CUDA)) and input.dtype in SUPPORTED_DTYPES
 
 
 # --- ReLU -------------------------------------------------------------------------------------------------------------

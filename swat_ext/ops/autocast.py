@@ -1,35 +1,22 @@
-"""What ``torch.autocast`` means for a sparse layer: results in its dtype, as PyTorch's own layers have."""
-
-from typing import NamedTuple
+"""What ``torch.autocast`` means for a sparse layer: operands and results in its dtype, as in PyTorch's own layers."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cast", "autocast_input", "autocast_of"]
+__all__ = ["autocast_input", "autocast_of"]
 
 
-class Cast(NamedTuple):
-    """Under autocast: the dtype that is computed in, and that of the result."""
-
-    compute: torch.dtype
-    result: torch.dtype
-
-
-def autocast_of(input: object) -> Cast | None:
-    """What ``torch.autocast`` asks of a layer with this input; None where it is off or leaves it alone (float64).
-
-    The CPU kernels have no half types: there the layer computes in float32 and rounds its result alone.
-    """
+def autocast_of(input: object) -> torch.dtype | None:
+    """The dtype of a layer with this input under ``torch.autocast``; None where it is off or leaves it (float64)."""
     if not isinstance(input, Tensor) or input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     kind = input.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
-    result = torch.get_autocast_dtype(kind)
-    return Cast(torch.float32 if kind == "cpu" else result, result)
+    return torch.get_autocast_dtype(kind)
 
 
 def autocast_input(input: Tensor) -> Tensor:
-    """``input`` in the dtype that is selected, packed and computed in: not always its own under autocast."""
-    cast = autocast_of(input)
-    return input if cast is None else input.to(cast.compute)
+    """``input`` in the dtype that is selected, packed and multiplied in: not always its own under autocast."""
+    dtype = autocast_of(input)
+    return input if dtype is None else input.to(dtype)

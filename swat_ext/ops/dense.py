@@ -14,7 +14,7 @@ from torch import Tensor
 from swat_ext.ops.geometry import Geometry
 from swat_ext.ops.layout import empty, memory_format
 
-__all__ = ["forward", "input_grad", "weight_grad"]
+__all__ = ["convolution", "convolution_input_grad", "forward", "in_its_own_dtype", "input_grad", "weight_grad"]
 
 # Activations are unpacked so many bytes at a time, or one sample where that is more: what caches hold.
 _TILE_BYTES = 4 << 20
@@ -23,7 +23,7 @@ _CUDA_TILE_BYTES = 32 << 20
 _P = ParamSpec("_P")
 
 
-def _in_its_own_dtype(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+def in_its_own_dtype(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     """Operands are cast already where autocast is on: PyTorch's functions must not cast them once more."""
 
     @functools.wraps(function)
@@ -36,7 +36,7 @@ def _in_its_own_dtype(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     return call
 
 
-@_in_its_own_dtype
+@in_its_own_dtype
 def forward(
     input: Tensor,
     weight_values: Tensor,
@@ -54,13 +54,18 @@ def forward(
         # linear() would return a view here, which nobody could change in place behind a function of ours.
         output = torch.matmul(input, weight.t())
         return output if bias is None else output.add_(bias)
+    return convolution(input, weight, bias, geometry, channels_last)
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, channels_last: bool) -> Tensor:
+    """PyTorch's convolution with a dense ``weight``."""
     padded, symmetric = _padded(input, geometry)
     stride, _, dilation, groups = geometry
     output = torch.convolution(padded, weight, bias, stride, symmetric, dilation, False, [0, 0], groups)
     return output.contiguous(memory_format=memory_format(channels_last))
 
 
-@_in_its_own_dtype
+@in_its_own_dtype
 def input_grad(
     grad_output: Tensor,
     weight_values: Tensor,
@@ -74,6 +79,13 @@ def input_grad(
     weight = torch.ops.swat_ext.decompress(weight_values, weight_mask, weight_size, channels_last)
     if geometry is None:
         return grad_output @ weight
+    return convolution_input_grad(grad_output, weight, input_size, geometry, channels_last)
+
+
+def convolution_input_grad(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], geometry: Geometry, channels_last: bool
+) -> Tensor:
+    """The gradient of the input of :func:`convolution`."""
     # Its values do not matter for its own gradient; an expanded scalar gives the shape without the memory.
     input = grad_output.new_empty(()).expand(list(input_size))
     padded, symmetric = _padded(input, geometry)
@@ -86,7 +98,7 @@ def input_grad(
     return empty(grad, input_size, channels_last).copy_(inside)
 
 
-@_in_its_own_dtype
+@in_its_own_dtype
 def weight_grad(
     grad_output: Tensor,
     input_values: Tensor,
@@ -104,7 +116,9 @@ def weight_grad(
     """
     if geometry is None:
         return _linear_weight_grad(grad_output, input_values, input_mask, input_size, weight_size)
-    like_grad = grad_output.is_contiguous(memory_format=torch.channels_last)
+    # PyTorch 2.13 writes past the end of what it allocates here for 2 to 7 channels in channels_last, with AVX2.
+    fatal = weight_size[1] < 8 and tuple(weight_size[2:]) == (1, 1) and geometry.stride != (1, 1)
+    like_grad = grad_output.is_contiguous(memory_format=torch.channels_last) and not fatal
     shape = grad_output.new_empty(()).expand(list(weight_size))
     total: Tensor | None = None
     for begin, end in _tiles(input_size, grad_output):

@@ -70,6 +70,11 @@ def _(input: Tensor, mask: Tensor, count: int) -> Tensor:
     return input.new_empty([count])
 
 
+@torch.library.register_fake("swat_ext::whole_filters")
+def _(mask: Tensor, size: Sequence[int]) -> Tensor:
+    return mask.new_empty([torch.library.get_ctx().new_dynamic_size()])
+
+
 @torch.library.register_fake("swat_ext::decompress")
 def _(values: Tensor, mask: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
     _check_devices(values, mask=mask)

@@ -1,5 +1,7 @@
 """A layer's three passes by this library's kernels, which walk over what is kept alone.
 
+A convolution whose weight keeps whole filters is a dense one of fewer channels: see :mod:`swat_ext.ops.filters`.
+
 Each function takes a :class:`Geometry` for a convolution and None for a linear layer. A packed operand is ``values``
 and ``mask``; that of a linear layer's input has the size ``[in_features, rows]``.
 """
@@ -9,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swat_ext.ops import dense
+from swat_ext.ops import dense, filters
 from swat_ext.ops.geometry import Geometry
 
 __all__ = ["forward", "input_grad", "weight_grad"]
@@ -27,6 +29,9 @@ def forward(
     """``conv(input, top(weight)) + bias``."""
     if geometry is None:
         return torch.ops.swat_ext.linear(input, weight_values, weight_mask, weight_size, bias)
+    kept = filters.kept_filters(weight_values, weight_mask, weight_size, geometry)
+    if kept is not None:
+        return filters.forward(input, weight_values, kept, weight_size, bias, geometry, channels_last)
     return torch.ops.swat_ext.conv2d(input, weight_values, weight_mask, weight_size, bias, *geometry, channels_last)
 
 
@@ -42,6 +47,9 @@ def input_grad(
     """The gradient of the input, through ``top(weight)``."""
     if geometry is None:
         return torch.ops.swat_ext.linear_input_grad(grad_output, weight_values, weight_mask, weight_size)
+    kept = filters.kept_filters(weight_values, weight_mask, weight_size, geometry)
+    if kept is not None:
+        return filters.input_grad(grad_output, weight_values, kept, weight_size, input_size, geometry, channels_last)
     return torch.ops.swat_ext.conv2d_input_grad(
         grad_output, weight_values, weight_mask, weight_size, input_size, *geometry, channels_last
     )

@@ -57,13 +57,18 @@ struct PackedTensor {
 template <typename T>
 void check_convolution(const KernelTable& table, const ConvGeometry& g, std::mt19937& random) {
   std::normal_distribution<double> normal;
-  auto sparse = [&](int64_t count, unsigned keep) {
+  // Runs of `together` elements are kept or dropped as one.
+  auto sparse = [&](int64_t count, unsigned keep, int64_t together) {
     std::vector<T> dense(count);
-    for (T& v : dense) v = random() % 8 < keep ? static_cast<T>(normal(random)) : T{0};
+    for (int64_t i = 0; i < count; i += together) {
+      if (random() % 8 >= keep) continue;
+      for (int64_t k = i; k < i + together; ++k) dense[k] = static_cast<T>(normal(random));
+    }
     return dense;
   };
-  const std::vector<T> weight = sparse(g.out_channels * g.group_in() * g.taps(), random() % 9);
-  const std::vector<T> kept_input = sparse(g.batch * g.in_channels * g.in_height * g.in_width, random() % 9);
+  const std::vector<T> weight =
+      sparse(g.out_channels * g.group_in() * g.taps(), random() % 9, random() % 3 == 0 ? g.taps() : 1);
+  const std::vector<T> kept_input = sparse(g.batch * g.in_channels * g.in_height * g.in_width, random() % 9, 1);
   Image<T> x(g.batch, g.in_channels, g.in_height, g.in_width, random() % 3);
   Image<T> y(g.batch, g.out_channels, g.out_height, g.out_width, random() % 3);
   Image<T> dy(g.batch, g.out_channels, g.out_height, g.out_width, random() % 3);
@@ -240,6 +245,23 @@ TEST_P(ConvolutionTest, RefusesStridesThatNamePastItsClasses) {
   float dw = 0;
   EXPECT_THROW(convolution_weight_grad<float>(table(), threads(1), g, dy.read(), input.view(), &dw, false),
                std::invalid_argument);
+}
+
+TEST_P(ConvolutionTest, FindsRuns) {
+  const Kernels<float>& kernels = table().float32;
+  const std::vector<GatherEntry<float>> entries = {{1, 0},  {1, 32}, {1, 64}, {1, 400}, {1, 432}, {1, 464},
+                                                   {1, 64}, {1, 32}, {1, 0},  {1, 0},   {1, 32},  {1, 96}};
+  auto are_runs = [&](std::vector<int64_t> starts, int64_t step) {
+    return kernels.are_runs(entries.data(), starts.data(), 0, static_cast<int64_t>(starts.size()) - 1, step);
+  };
+  EXPECT_TRUE(are_runs({0, 3, 3, 6}, 32));
+  EXPECT_TRUE(are_runs({0, 6}, 32));
+  EXPECT_TRUE(are_runs({6, 9}, -32));
+  EXPECT_FALSE(are_runs({0, 6}, 64));
+  EXPECT_FALSE(are_runs({0, 9}, 32));
+  EXPECT_FALSE(are_runs({9, 12}, 32));
+  EXPECT_FALSE(are_runs({0, 2}, 32));
+  EXPECT_FALSE(are_runs({1, 4}, 32));
 }
 
 INSTANTIATE_TEST_SUITE_P(Sets, ConvolutionTest, testing::ValuesIn(tables()), table_name);

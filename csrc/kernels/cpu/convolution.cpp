@@ -1,6 +1,7 @@
 #include "convolution.h"
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <utility>
 #include <vector>
@@ -10,6 +11,8 @@
 
 namespace swat::cpu {
 namespace {
+
+constexpr int64_t kGrainLists = 1 << 10;  // fewer are looked at by one thread
 
 // One run of the gather kernel.
 template <typename T>
@@ -132,6 +135,16 @@ void run_gather(const KernelTable& table, const Parallel& parallel, const ConvGe
   params.block_channels = plan.block_channels;
   params.starts = problem.backward ? starts.data() : starts.data() + 1;
   params.entries = entries.data();
+  params.run = 0;
+  // Whole kernels come as runs: ascending, and descending in the input gradient, which turns them around.
+  for (int run : {1, -1}) {
+    if (geometry.kernel_width != kRunWeights || params.run != 0) break;
+    std::atomic<bool> all = true;
+    parallel(plan.lists, kGrainLists, [&](int64_t begin, int64_t end) {
+      if (!kernels.are_runs(params.entries, params.starts, begin, end, run * pixel_bytes)) all = false;
+    });
+    if (all) params.run = run;
+  }
   params.row_chunk = plan.row_chunk;
   parallel(kernels.gather_tasks(params), 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(kernels.gather_scratch(params));

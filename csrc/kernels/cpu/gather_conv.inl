@@ -30,6 +30,56 @@ inline void gather_row(const T* x, const GatherEntry<T>* entry, const GatherEntr
   for (int i = 0; i < kH * kW; ++i) store(y + i * kN, sum[i]);
 }
 
+// The same where the entries are runs: a pixel is loaded once for all the weights of a run that it meets.
+template <typename T, int kH, int kW>
+inline void gather_runs(const T* x, const GatherEntry<T>* entry, const GatherEntry<T>* end, int run,
+                        int64_t pitch_bytes, T* y, bool first, T bias) {
+  constexpr int kN = kLanes<T>;
+  const int leftmost = run > 0 ? 0 : kRunWeights - 1;
+  Vec<T> sum[kH * kW];
+  if (first) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kH * kW; ++i) sum[i] = broadcast<T>(bias);
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < kH * kW; ++i) sum[i] = load(y + i * kN);
+  }
+  for (; entry < end; entry += kRunWeights) {
+    Vec<T> w[kRunWeights];
+#pragma GCC unroll 8
+    for (int k = 0; k < kRunWeights; ++k) w[k] = broadcast<T>(entry[leftmost + k * run].weight);
+    const char* row = reinterpret_cast<const char*>(x) + entry[leftmost].offset;
+#pragma GCC unroll 8
+    for (int i = 0; i < kH; ++i) {
+      const T* pixel = reinterpret_cast<const T*>(row + i * pitch_bytes);
+#pragma GCC unroll 32
+      for (int j = 0; j < kW + kRunWeights - 1; ++j) {
+        const Vec<T> v = load(pixel + j * kN);
+#pragma GCC unroll 8
+        for (int k = 0; k < kRunWeights; ++k) {
+          if (0 <= j - k && j - k < kW) sum[i * kW + j - k] += w[k] * v;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kH * kW; ++i) store(y + i * kN, sum[i]);
+}
+
+// Whether each of the lists [begin, end) is runs whose pixels are `step` bytes apart.
+template <typename T>
+bool are_runs(const GatherEntry<T>* entries, const int64_t* starts, int64_t begin, int64_t end, int64_t step) {
+  for (int64_t list = begin; list < end; ++list) {
+    if ((starts[list + 1] - starts[list]) % kRunWeights != 0) return false;
+    for (int64_t i = starts[list]; i < starts[list + 1]; i += kRunWeights) {
+      for (int64_t k = 1; k < kRunWeights; ++k) {
+        if (entries[i + k].offset - entries[i + k - 1].offset != step) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // The tiles in the lanes of one vector.
 template <typename T>
 struct GatherLanes {
@@ -192,8 +242,12 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
         T* sums = y + (row - row_begin) * y_plane;
         // The tile is kW pixels wide and a multiple of kH high.
         for (int64_t i = 0; i < p.tile_height; i += kH) {
-          gather_row<T, kH, kW>(x + i * p.packed_width * kN, first, last, pitch_bytes, sums + i * kW * kN, block.first,
-                                bias);
+          const T* const tile = x + i * p.packed_width * kN;
+          if (p.run == 0) {
+            gather_row<T, kH, kW>(tile, first, last, pitch_bytes, sums + i * kW * kN, block.first, bias);
+          } else {
+            gather_runs<T, kH, kW>(tile, first, last, p.run, pitch_bytes, sums + i * kW * kN, block.first, bias);
+          }
         }
       }
     }

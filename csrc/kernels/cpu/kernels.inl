@@ -37,6 +37,7 @@ constexpr Kernels<T> kernels_of() {
       .fill_forward_lists = fill_forward_lists<T>,
       .count_backward_lists = count_backward_lists<T>,
       .fill_backward_lists = fill_backward_lists<T>,
+      .are_runs = are_runs<T>,
       .gather_tasks = gather_tasks<T>,
       .gather_scratch = gather_scratch<T>,
       .gather_tiles = gather_tiles<T>,

@@ -120,6 +120,22 @@ int64_t kept_elements(const uint64_t* words, const int64_t* ranks, int64_t numel
   return kept;
 }
 
+std::vector<int64_t> whole_slices(const uint64_t* words, int64_t numel, int64_t slices) {
+  std::vector<int64_t> found;
+  if (numel == 0) return found;
+  const int64_t length = numel / slices;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    bool whole = true;
+    for (int64_t at = slice * length, end = at + length, next; whole && at < end; at = next) {
+      next = std::min(end, (at / 64 + 1) * 64);
+      const uint64_t bits = ~uint64_t{0} >> (64 - (next - at)) << at % 64;
+      whole = (words[at / 64] & bits) == bits;
+    }
+    if (whole) found.push_back(slice);
+  }
+  return found;
+}
+
 template <typename T>
 void decompress(const KernelTable& table, const Parallel& parallel, const PackedView<T>& packed,
                 const PlanesView<T>& view) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "parallel.h"
 #include "params.h"
@@ -27,6 +28,9 @@ std::optional<int64_t> count_kept(const KernelTable& table, const Parallel& para
 
 // The same of a mask that is known to agree: only its last block is read.
 int64_t kept_elements(const uint64_t* words, const int64_t* ranks, int64_t numel);
+
+// Of the equal slices that a mask of `numel` elements is cut in, those whose bits are all set, ascending.
+std::vector<int64_t> whole_slices(const uint64_t* words, int64_t numel, int64_t slices);
 
 // Write to `values` the elements of `view` whose bits are set in `packed`, whose own values are not read.
 template <typename T>

@@ -93,6 +93,9 @@ struct WeightListParams {
   static constexpr int32_t kAbsent = INT32_MIN;
 };
 
+// Weights of a run: neighbours along the width of a kernel that is kept as a whole.
+inline constexpr int64_t kRunWeights = 3;
+
 // Most channels of a block.
 inline constexpr int64_t kMostBlockChannels = 256;
 
@@ -120,6 +123,8 @@ struct GatherParams {
   int64_t block_count, block_channels;
   const int64_t* starts;
   const GatherEntry<T>* entries;
+  // 0; or 1 or -1, where every list is runs of kRunWeights entries whose pixels lie side by side, ascending or descending.
+  int run;
   int64_t row_chunk;  // rows of output computed in one pass over the channels
 
   // Tiles of one sample.

@@ -48,7 +48,8 @@ struct Kernels {
   void (*count_backward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
   void (*fill_backward_lists)(const WeightListParams<T>& params, int64_t begin, int64_t end);
 
-  // gather_conv.inl: tasks
+  // gather_conv.inl: lists; tasks
+  bool (*are_runs)(const GatherEntry<T>* entries, const int64_t* starts, int64_t begin, int64_t end, int64_t step);
   int64_t (*gather_tasks)(const GatherParams<T>& params);
   int64_t (*gather_scratch)(const GatherParams<T>& params);
   void (*gather_tiles)(const GatherParams<T>& params, int64_t begin, int64_t end, T* scratch);
