@@ -16,6 +16,7 @@ CPU_KERNELS = [
     "kernels/cpu/portable.cpp",
     "kernels/cpu/avx2.cpp",
     "kernels/cpu/avx512.cpp",
+    "kernels/cpu/avx512vl.cpp",
 ]
 
 # Operators over those kernels, on torch's stable ABI.

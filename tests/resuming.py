@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from networks import assert_same_state, batches, sgd, sparse_layers, sparse_network, train
 from torch import Tensor, nn
 
 import swat_ext
+from swat_ext.train import main
+from swat_ext.training import Trainer
 
 
 class Run(NamedTuple):
@@ -66,3 +69,17 @@ def assert_resumes(make: Callable[[int], Run], order: str, break_at: int, path: 
 def assert_equal(left: list[Tensor], right: list[Tensor]) -> None:
     """Bit for bit."""
     assert torch.equal(torch.stack(left), torch.stack(right))
+
+
+def interrupt_train(arguments: list[str], epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``swat-train``, and press Ctrl-C where epoch number ``epoch`` begins."""
+    train_epoch = Trainer._train_epoch
+
+    def interrupt(self: Trainer, number: int) -> dict[str, Any]:
+        if number == epoch:
+            raise KeyboardInterrupt
+        return train_epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", interrupt)
+        assert main(arguments) == 130

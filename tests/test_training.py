@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import interrupt_train
 from torch import Tensor, nn
 
 from swat_ext import SWATConfig, SWATLayer, SWATScheduler, keep_freed_memory, sparsify_, train
@@ -409,18 +410,8 @@ def test_freed_memory_is_kept_before_anything_is_made(
 def test_command_line_resumes_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train.main([*_ARGUMENTS, "--out", str(straight)]) == 0
-
-    train_epoch = Trainer._train_epoch
-
-    def interrupt(self: Trainer, epoch: int) -> dict[str, Any]:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(self, epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", interrupt)
-        # --resume where there is nothing yet starts a run.
-        assert train.main([*_ARGUMENTS, "--out", str(broken), "--resume"]) == 130
+    # --resume where there is nothing yet starts a run.
+    interrupt_train([*_ARGUMENTS, "--out", str(broken), "--resume"], 2, monkeypatch)
     assert len(_log(broken)) == 3
     assert train.main(["--out", str(broken), "--resume", "--no-progress"]) == 0
     assert _untimed(_log(broken)) == _untimed(_log(straight))

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import interrupt_train
 from torch import Tensor
 
 from swat_ext import keep_freed_memory, train
 from swat_ext.data import Synthetic
 from swat_ext.topology import METHODS, SET, RigL
-from swat_ext.training import CHECKPOINT, LOG, Recipe, Trainer, load_checkpoint
+from swat_ext.training import CHECKPOINT, LOG, Recipe, load_checkpoint
 
 _TIMES = ("step_ms", "seconds", "batchnorm_seconds")
 _ARGUMENTS = [
@@ -83,17 +84,7 @@ def test_each_flag_trains_and_resumes_bit_for_bit(name: str, tmp_path: Path, mon
     assert train.main([*_ARGUMENTS, *flags.split(), "--out", str(straight)]) == 0
     config = _history(straight)[0]["config"]
     assert settings.items() <= config.items()
-
-    train_epoch = Trainer._train_epoch
-
-    def interrupt(self: Trainer, epoch: int) -> dict[str, Any]:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(self, epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", interrupt)
-        assert train.main([*_ARGUMENTS, *flags.split(), "--out", str(broken)]) == 130
+    interrupt_train([*_ARGUMENTS, *flags.split(), "--out", str(broken)], 1, monkeypatch)
     torch.manual_seed(5)
     assert train.main(["--out", str(broken), "--resume", "--no-progress"]) == 0
     assert _history(straight) == _history(broken)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import assert_same_state, batches, sgd, sparse_layers
+from resuming import interrupt_train
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -444,25 +445,11 @@ def _log(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in _TIMES} for record in records]
 
 
-def _interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command line until its third epoch."""
-    train_epoch = Trainer._train_epoch
-
-    def interrupt(self: Trainer, epoch: int) -> dict[str, Any]:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(self, epoch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", interrupt)
-        assert train.main(arguments) == 130
-
-
 @pytest.mark.parametrize("kind", [["--batchnorm", "int8"], ["--dense"], ["--batchnorm-batches", "2", "--workers", "1"]])
 def test_a_resumed_run_is_exact(kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train.main([*_ARGUMENTS, *kind, "--out", str(straight)]) == 0
-    _interrupted([*_ARGUMENTS, *kind, "--out", str(broken)], monkeypatch)
+    interrupt_train([*_ARGUMENTS, *kind, "--out", str(broken)], 2, monkeypatch)
     assert train.main(["--out", str(broken), "--resume", "--no-progress"]) == 0
     assert _log(broken) == _log(straight)
     assert _log(broken)[0]["config"]["batchnorm_batches"] == (2 if "--batchnorm-batches" in kind else 20)
@@ -476,7 +463,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
     straight, early = tmp_path / "straight", tmp_path / "early"
     off = [*_ARGUMENTS, "--batchnorm-batches", "0"]
     assert train.main([*off, "--out", str(straight)]) == 0
-    _interrupted([*off, "--out", str(early)], monkeypatch)
+    interrupt_train([*off, "--out", str(early)], 2, monkeypatch)
     checkpoint = load_checkpoint(early / CHECKPOINT)
     del checkpoint["settings"]["batchnorm_batches"]
     for record in checkpoint["history"]:

@@ -1,4 +1,4 @@
-// What every kernel test runs over: each instruction set of this machine, and wide vectors everywhere.
+// What every kernel test runs over: each instruction set of this machine, and everywhere wide vectors and many registers.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -24,12 +24,13 @@ struct NamedTable {
 inline void PrintTo(const NamedTable& table, std::ostream* out) { *out << table.name; }
 
 inline std::vector<NamedTable> tables() {
-  std::vector<NamedTable> found{{"wide", &wide_table}};
+  std::vector<NamedTable> found{{"wide", &wide_table}, {"many_registers", &many_registers_table}};
   for (Isa isa : supported()) {
     const KernelTable* table = &portable_table;
 #if defined(__x86_64__)
     if (isa == Isa::avx2) table = &avx2_table;
     if (isa == Isa::avx512) table = &avx512_table;
+    if (isa == Isa::avx512vl) table = &avx512vl_table;
 #endif
     found.push_back({name(isa), table});
   }

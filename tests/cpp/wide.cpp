@@ -4,6 +4,7 @@
 #include "kernels/cpu/headers.h"
 
 #define SWAT_VECTOR_BYTES 64
+#define SWAT_REGISTERS 32
 #define SWAT_INTRINSICS 0
 
 namespace swat::cpu {

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #define SWAT_VECTOR_BYTES 32
+#define SWAT_REGISTERS 16
 #define SWAT_INTRINSICS 256
 
 #pragma GCC push_options

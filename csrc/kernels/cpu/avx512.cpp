@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #define SWAT_VECTOR_BYTES 64
+#define SWAT_REGISTERS 32
 #define SWAT_INTRINSICS 512
 
 #pragma GCC push_options

@@ -44,7 +44,7 @@ inline int64_t compress_run(const T* data, int64_t count, T threshold, T* out, B
   return out - begin;
 }
 
-// Most channels whose bits are found together.
+// Most channels that are compressed together.
 inline constexpr int64_t kMostTogether = 1024;
 
 // Channels whose bits are transposed together: whole bytes.
@@ -54,18 +54,16 @@ inline constexpr int kBitChannels = std::max(kLanes<T>, 8);
 // Bytes by which reading runs ahead: the hardware's own prefetching ends with each page.
 inline constexpr int64_t kFindAhead = 2048;
 
-// words[channel][pixel / 64] of channels-last pixels: reads memory once, in order, and transposes bits in place of elements.
-// `channels` is a multiple of kBitChannels. Returns the set bits.
+// words[channel] of at most 64 channels-last pixels: reads memory once, in order, and transposes bits in place of elements.
+// `channels` is a multiple of kBitChannels.
 template <typename T>
-inline int64_t find_kept(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, T threshold,
-                         uint64_t* words) {
+inline void find_kept(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, T threshold,
+                      uint64_t* words) {
   constexpr int kN = kLanes<T>, kC = kBitChannels<T>;
-  const int64_t row = (pixels + 63) / 64;
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(words);
   uint64_t squares[kMostTogether / 8];  // 8 pixels x 8 channels each
   uint8_t* const pixel_bits = reinterpret_cast<uint8_t*>(squares);
-  std::fill_n(words, channels * row, uint64_t{0});
-  int64_t kept = 0;
+  std::fill_n(words, channels, uint64_t{0});
   for (int64_t p = 0; p < pixels; p += 8) {
     const int64_t count = std::min<int64_t>(8, pixels - p);
     if (count < 8) std::fill_n(squares, channels / 8, uint64_t{0});
@@ -80,27 +78,40 @@ inline int64_t find_kept(const T* data, int64_t channels, int64_t pixels, int64_
       }
     }
     for (int64_t c = 0; c < channels; c += 8) {
-      kept += __builtin_popcountll(squares[c / 8]);
       const uint64_t rows = transpose_bits(squares[c / 8]);
-      for (int k = 0; k < 8; ++k) bytes[(c + k) * row * 8 + p / 8] = static_cast<uint8_t>(rows >> 8 * k);
+      for (int k = 0; k < 8; ++k) bytes[(c + k) * 8 + p / 8] = static_cast<uint8_t>(rows >> 8 * k);
     }
   }
-  return kept;
 }
 
-// The elements that find_kept found, channel by channel, and their bits; returns their number.
+// Compress `channels` channels-last planes, 64 pixels of all of them after another, so that memory is read once and in order. Each
+// channel's elements go to a place of their own in `out` and are moved together in the end. `words` has channels * (pixels / 64,
+// rounded up) words of scratch. Returns the kept elements.
 template <typename T>
-inline int64_t take_kept(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, const uint64_t* words,
-                         T* out, BitWriter& writer) {
-  T* const begin = out;
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t p = 0; p < pixels; p += 64, ++words) {
-      writer.push_word(*words, static_cast<int>(std::min<int64_t>(64, pixels - p)));
-      const T* from = data + p * pixel_stride + c;
-      for (uint64_t word = *words; word != 0; word &= word - 1) *out++ = from[__builtin_ctzll(word) * pixel_stride];
+inline int64_t compress_pixels(const T* data, int64_t channels, int64_t pixels, int64_t pixel_stride, T threshold,
+                               uint64_t* words, T* out, BitWriter& writer) {
+  uint64_t found[kMostTogether];
+  int64_t kept[kMostTogether] = {};
+  const int64_t row = (pixels + 63) / 64;
+  for (int64_t p = 0; p < pixels; p += 64) {
+    const T* const block = data + p * pixel_stride;
+    find_kept(block, channels, std::min<int64_t>(64, pixels - p), pixel_stride, threshold, found);
+    for (int64_t c = 0; c < channels; ++c) {
+      T* to = out + c * (pixels + kPlaneSpare) + kept[c];
+      uint64_t word = found[c];
+      words[c * row + p / 64] = word;
+      kept[c] += __builtin_popcountll(word);
+      for (; word != 0; word &= word - 1) *to++ = block[__builtin_ctzll(word) * pixel_stride + c];
     }
   }
-  return out - begin;
+  T* end = out;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < pixels; p += 64) {
+      writer.push_word(*words++, static_cast<int>(std::min<int64_t>(64, pixels - p)));
+    }
+    end = std::copy_n(out + c * (pixels + kPlaneSpare), kept[c], end);
+  }
+  return end - out;
 }
 
 // kLanes channels out of channels-last pixels, as they lie in logical order: scratch[channel][pixel], and a vector to spare.
@@ -125,27 +136,18 @@ inline void gather_channels(const T* data, int64_t pixels, int64_t pixel_stride,
 
 // Pixels from which a plane's bits are worth finding before its elements are moved.
 inline constexpr int64_t kLongPlane = 64;
-// Where more than one in so many stays, moving all of them is faster.
-inline constexpr int64_t kMostShare = 4;
-
-// Channels whose bits are found together: what they read stays in L2.
-template <typename T>
-int64_t channels_together(int64_t pixels) {
-  constexpr int64_t kBytes = 256 << 10;
-  const int64_t fitting = kBytes / static_cast<int64_t>(sizeof(T)) / pixels;
-  return std::clamp<int64_t>(fitting, kBitChannels<T>, kMostTogether) / kBitChannels<T> * kBitChannels<T>;
-}
 
 // Elements of scratch that compress_planes needs.
 template <typename T>
 int64_t compress_scratch(const PlanesView<const T>& view) {
   if (view.pixel_stride == 1 || view.pixels == 0) return 0;
   if (view.pixels < kLongPlane) return kLanes<T> * (view.pixels + 1);
-  const int64_t words = channels_together<T>(view.pixels) * ((view.pixels + 63) / 64);
+  const int64_t words = std::min(view.channels, kMostTogether) * ((view.pixels + 63) / 64);
   return std::max<int64_t>(words * 8 / sizeof(T), kLanes<T> * (view.pixels + 1));
 }
 
-// Compress planes [begin, end), in order. Returns the kept elements; `out` needs a spare vector. `words` is zeroed beforehand.
+// Compress planes [begin, end), in order. Returns the kept elements; `out` needs room for all elements, kPlaneSpare more a plane, and a
+// vector. `words` is zeroed beforehand.
 template <typename T>
 int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t begin, int64_t end, uint64_t* words,
                         T* scratch, T* out) {
@@ -165,13 +167,9 @@ int64_t compress_planes(const PlanesView<const T>& view, T threshold, int64_t be
       out += compress_run(data, pixels, threshold, out, writer);
       ++plane;
     } else if (view.channel_stride == 1 && pixels >= kLongPlane && adjacent >= kBitChannels<T>) {
-      const int64_t together = std::min(adjacent / kBitChannels<T> * kBitChannels<T>, channels_together<T>(pixels));
-      uint64_t* const found = reinterpret_cast<uint64_t*>(scratch);
-      if (find_kept(data, together, pixels, view.pixel_stride, threshold, found) <= together * pixels / kMostShare) {
-        out += take_kept(data, together, pixels, view.pixel_stride, found, out, writer);
-      } else {
-        for (int64_t c = 0; c < together; c += kN) out += transposed(data + c, pixels);
-      }
+      const int64_t together = std::min(adjacent, kMostTogether) / kBitChannels<T> * kBitChannels<T>;
+      out += compress_pixels(data, together, pixels, view.pixel_stride, threshold, reinterpret_cast<uint64_t*>(scratch),
+                             out, writer);
       plane += together;
     } else if (view.channel_stride == 1 && adjacent >= kN) {
       out += transposed(data, pixels);

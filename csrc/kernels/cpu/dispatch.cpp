@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 namespace swat::cpu {
 namespace {
@@ -29,6 +30,11 @@ bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Zen 4: of that family it alone has AVX-512, and its adders are 32 bytes wide.
+bool halves_wide_vectors() { return __builtin_cpu_is("amdfam19h"); }
+#else
+bool halves_wide_vectors() { return false; }
 #endif
 
 constexpr Set kSets[] = {
@@ -36,11 +42,12 @@ constexpr Set kSets[] = {
 #if defined(__x86_64__)
     {Isa::avx2, "avx2", &avx2_table, runs_avx2},
     {Isa::avx512, "avx512", &avx512_table, runs_avx512},
+    {Isa::avx512vl, "avx512vl", &avx512vl_table, runs_avx512},
 #endif
 };
 
 // Names outlive the build: a set that this architecture lacks is unsupported, not unknown.
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512vl"};
 
 const Set& set_of(Isa isa) {
   return *std::find_if(std::begin(kSets), std::end(kSets), [isa](const Set& set) { return set.isa == isa; });
@@ -68,6 +75,7 @@ std::vector<Isa> supported() {
   for (const Set& set : kSets) {
     if (set.runs_here()) found.push_back(set.isa);
   }
+  if (found.back() == Isa::avx512vl && !halves_wide_vectors()) std::swap(found.end()[-1], found.end()[-2]);
   return found;
 }
 

@@ -9,23 +9,25 @@ namespace swat::cpu {
 
 struct KernelTable;
 
-// The sets that kernels are built for, slowest first.
+// The sets that kernels are built for.
 //   portable  what the compiler targets by default
 //   avx2      avx2, fma, bmi, bmi2, lzcnt, popcnt
 //   avx512    those of avx2, and avx512f, avx512bw, avx512dq, avx512vl
-enum class Isa { portable, avx2, avx512 };
+//   avx512vl  the same features, in vectors of 32 bytes
+enum class Isa { portable, avx2, avx512, avx512vl };
 
 // One table a set, defined in the file of the set's name.
 extern const KernelTable portable_table;
 #if defined(__x86_64__)
 extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
+extern const KernelTable avx512vl_table;
 #endif
 
 // The set's name, as SWAT_CPU_ISA spells it.
 const char* name(Isa isa);
 
-// The sets that this processor and its operating system can run, slowest first; never empty.
+// The sets that this processor and its operating system can run, the slowest on it first; never empty.
 std::vector<Isa> supported();
 
 // The set called `wanted`, or the last of `available` if it is "auto". `source` names where the request came from.

@@ -257,6 +257,8 @@ void gather_tiles_as(const GatherParams<T>& p, int64_t begin, int64_t end, T* sc
 
 #if SWAT_VECTOR_BYTES == 64
 inline constexpr RegisterTile kRegisterTiles[] = {{4, 4}, {2, 8}, {1, 16}, {4, 7}, {2, 4}, {1, 8}};
+#elif SWAT_REGISTERS == 32
+inline constexpr RegisterTile kRegisterTiles[] = {{4, 4}, {4, 6}, {2, 8}, {1, 16}, {4, 7}, {3, 8}};
 #else
 inline constexpr RegisterTile kRegisterTiles[] = {{2, 4}, {1, 8}, {3, 4}, {1, 7}, {1, 4}, {2, 6}};
 #endif

@@ -56,26 +56,30 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
 
   // Values go to a buffer of the range's own first, since where they belong is known only once all are counted.
   struct Part {
-    int64_t first_plane;
     int64_t kept;
     GrowingBuffer<T> values;
   };
   std::vector<std::unique_ptr<Part>> parts;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(view.pixels, 1));
+  // Channels-last planes are cut by samples where there are enough of them: a part of the channels is a piece of each pixel.
+  const bool by_sample = view.channel_stride == 1 && view.pixel_stride != 1;
+  const int64_t together = by_sample && planes >= 2 * parallel.threads * view.channels ? view.channels : 1;
+  const int64_t units = ceil_div(planes, together);
+  const int64_t unit_elements = std::max<int64_t>(1, together * view.pixels);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / unit_elements);
   // Ranges are cut here and not by the thread pool, so that each can be found again in order.
-  const int64_t ranges = std::clamp<int64_t>(planes / grain, 1, 2 * parallel.threads);
+  const int64_t ranges = std::clamp<int64_t>(units / grain, 1, 2 * parallel.threads);
   parts.resize(ranges);
-  const int64_t step = std::max<int64_t>(kernels.lanes, kTaskElements / std::max<int64_t>(view.pixels, 1));
+  const int64_t step = together * std::max<int64_t>(1, kTaskElements / unit_elements);
   parallel(planes == 0 ? 0 : ranges, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(kernels.compress_scratch(view));
     for (int64_t i = begin; i < end; ++i) {
       auto part = std::make_unique<Part>();
-      part->first_plane = planes * i / ranges;
+      const int64_t first = units * i / ranges * together;
       part->kept = 0;
-      const int64_t last = planes * (i + 1) / ranges;
-      for (int64_t plane = part->first_plane; plane < last; plane += step) {
+      const int64_t last = std::min(planes, units * (i + 1) / ranges * together);
+      for (int64_t plane = first; plane < last; plane += step) {
         const int64_t stop = std::min(last, plane + step);
-        part->values.reserve(part->kept + (stop - plane) * view.pixels + kernels.lanes);
+        part->values.reserve(part->kept + (stop - plane) * (view.pixels + kPlaneSpare) + kernels.lanes);
         part->kept += kernels.compress_planes(view, threshold, plane, stop, words, scratch.data(),
                                               part->values.data() + part->kept);
       }

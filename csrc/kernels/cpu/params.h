@@ -31,6 +31,9 @@ struct PackedCursor {
   const T* value = nullptr;
 };
 
+// Elements that compressing a plane takes beside its own: planes a power of two apart would share one set of the cache.
+inline constexpr int64_t kPlaneSpare = 16;
+
 // A tensor to compress or restore, seen as planes of `pixels` elements: plane i is [i / channels, i % channels].
 template <typename T>
 struct PlanesView {

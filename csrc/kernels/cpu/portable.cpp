@@ -2,6 +2,7 @@
 #include "headers.h"
 
 #define SWAT_VECTOR_BYTES 16
+#define SWAT_REGISTERS 16
 #define SWAT_INTRINSICS 0
 
 namespace swat::cpu {

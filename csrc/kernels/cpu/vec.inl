@@ -1,6 +1,7 @@
 // SIMD for one instruction set: included inside that set's namespace and target region, never on its own.
 //
-// The including file defines SWAT_VECTOR_BYTES (16, 32 or 64) and SWAT_INTRINSICS (0 none, 256 AVX2, 512 AVX-512). Arithmetic is
+// The including file defines SWAT_VECTOR_BYTES (16, 32 or 64), SWAT_REGISTERS (vector registers to plan accumulators for) and
+// SWAT_INTRINSICS (0 none, 256 AVX2, 512 AVX-512). Arithmetic is
 // written with the compiler's vector types, so a body built with 64-byte vectors also runs, split in halves, on a machine without
 // AVX-512: that is how the tests reach it everywhere. Intrinsics stand only where the vector types have no word for the operation.
 
@@ -9,8 +10,7 @@ inline constexpr int kVectorBytes = SWAT_VECTOR_BYTES;
 template <typename T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// Vector registers to plan accumulators for.
-inline constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+inline constexpr int kRegisters = SWAT_REGISTERS;
 
 template <typename T>
 struct VectorOf;
