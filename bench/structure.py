@@ -3,9 +3,9 @@
     python bench/structure.py                          # all granularities at 50 to 95%, batch 64
     python bench/structure.py --sparsities 90 --rounds 3 --parts layers
 
-The layers' times are those of forward and input gradient. Each granularity keeps the same share of the weights, at random places, and
-skips nothing else; the passes are called as layers call them. The weight gradient does not depend on how the weight is
-structured. A whole step, of a network in a process of its own, has it and all else.
+The layers' times are those of forward and input gradient. Each granularity keeps the same share of the weights, at
+random places, and skips nothing else; the passes are called as layers call them. The weight gradient does not depend on
+how the weight is structured. A whole step, of a network in a process of its own, has it and all else.
 """
 
 import contextlib
