@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         "seeds": [0, 1] if quick else [0, 1, 2],
         "steps": 40 if quick else 1000,
         "rounds": 1 if quick else 5,
-        "width": 0.5 if quick else None,  # thinner, PyTorch's own weight gradient of a narrow one corrupts memory
+        "width": 0.5 if quick else None,
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:

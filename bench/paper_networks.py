@@ -121,10 +121,12 @@ class Trainee:
             raise RuntimeError("the loss became NaN or infinite; what was timed means nothing")
 
 
-def make_sparse(model: nn.Module, sparsity: float, batchnorm: str, period: int) -> nn.Module:
+def make_sparse(
+    model: nn.Module, sparsity: float, batchnorm: str, period: int, granularity: str = "unstructured"
+) -> nn.Module:
     """A sparse copy of ``model``, channels_last."""
     model = copy.deepcopy(model)
-    config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm)
+    config = swat_ext.SWATConfig(sparsity, topk_period=period, batchnorm=batchnorm, granularity=granularity)
     swat_ext.sparsify_(model, config)
     return model.to(memory_format=torch.channels_last)
 

@@ -104,7 +104,14 @@ def test_structure(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(structure, "RESNET18", {"3x3": [calls.Layer(16, 16, 4, 3, 1, count) for count in (4, 3)]})
     out = tmp_path / "structure.json"
     options = ["--sparsities", "50,90", "--rounds", "1", "--batch", "2", "--allocator", "default", "--out", str(out)]
-    structure.main(options)
+    monkeypatch.setattr(structure, "Worker", _Here)
+    structure.main([*options, "--width", "0.125"])
+    steps = json.loads(out.read_text(encoding="utf-8"))["steps"]
+    assert [(row["granularity"], row["sparsity"]) for row in steps[:3]] == [
+        ("unstructured", 0.5),
+        ("kernel", 0.5),
+        ("filter", 0.5),
+    ]
     rows = _rows(out)
     assert len(rows) == 2 * 2 * 4
     assert all(row["conditions"].keys() >= CONDITIONS for row in rows)

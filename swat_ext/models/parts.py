@@ -6,6 +6,8 @@ __all__ = ["CHANNEL_MULTIPLE", "check_images", "conv", "initialise_", "scaled_ch
 
 # Channels are a multiple of this, so that a narrow network still fills vector registers.
 CHANNEL_MULTIPLE = 8
+# PyTorch 2.13 writes past its memory in the weight gradient of a strided 1x1 convolution of 2 to 7 channels, with AVX2.
+_LEAST_CHANNELS = 8
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -21,7 +23,7 @@ def scaled_channels(channels: int, width: float) -> int:
     """
     if not 0 < width < float("inf"):
         raise ValueError(f"width: expected a positive number, got {width}")
-    return CHANNEL_MULTIPLE * max(1, round(channels * width / CHANNEL_MULTIPLE))
+    return max(_LEAST_CHANNELS, CHANNEL_MULTIPLE * round(channels * width / CHANNEL_MULTIPLE))
 
 
 def check_images(num_classes: int, in_channels: int, stem: str, stems: tuple[str, ...]) -> None:

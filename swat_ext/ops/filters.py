@@ -98,4 +98,7 @@ def _weight(values: Tensor, filters: Tensor, size: Sequence[int], channels_last:
 
 def _by_channel(image: Tensor, channels_last: bool) -> Tensor:
     """A view of ``[N, C, H, W]`` in which channels are the second axis, and all else is as few axes as can be."""
-    return image.permute(0, 2, 3, 1).flatten(0, 2) if channels_last else image.flatten(2)
+    batch, channels, height, width = image.shape
+    if channels_last:
+        return image.permute(0, 2, 3, 1).view(batch * height * width, channels)
+    return image.view(batch, channels, height * width)
