@@ -32,9 +32,10 @@ from swat_ext.training.figure import draw
 
 __all__ = ["compare", "main"]
 
-# The size of the demo: under six minutes on two cores.
+# The size of the demo: under six minutes on two cores, for dense epochs are as many as take this long, EPOCHS at most.
 WIDTH = 0.5
 EPOCHS = 4
+_DENSE_SECONDS = 130.0
 SAMPLES = 6144
 TEST_SAMPLES = 2048
 BATCH_SIZE = 64
@@ -65,8 +66,8 @@ def _held_bytes(model: nn.Module, data: Data, recipe: Recipe, layout: torch.memo
     return profile.held_bytes
 
 
-def _trial(dense: nn.Module, swat: nn.Module, data: Data, recipe: Recipe) -> tuple[str, float]:
-    """The faster layout of the dense network here, and how many sparse steps take the time of one of its steps.
+def _trial(dense: nn.Module, swat: nn.Module, data: Data, recipe: Recipe) -> tuple[str, float, float]:
+    """The faster layout of the dense network here, the seconds of its step, and how many sparse steps take as long.
 
     Whole training steps, measured in turns.
     """
@@ -79,7 +80,7 @@ def _trial(dense: nn.Module, swat: nn.Module, data: Data, recipe: Recipe) -> tup
             step()
             taken.append(time.perf_counter() - started)
     *of_dense, of_swat = [median(taken[_TRIAL_WARMUP:]) for taken in times]
-    return list(_LAYOUTS)[of_dense.index(min(of_dense))], min(of_dense) / of_swat
+    return list(_LAYOUTS)[of_dense.index(min(of_dense))], min(of_dense), min(of_dense) / of_swat
 
 
 def _stepper(model: nn.Module, data: Data, recipe: Recipe, layout: torch.memory_format) -> Any:
@@ -129,7 +130,7 @@ def _train(
 def compare(
     *,
     width: float = WIDTH,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     samples: int = SAMPLES,
     test_samples: int = TEST_SAMPLES,
     batch_size: int = BATCH_SIZE,
@@ -144,7 +145,8 @@ def compare(
 
     Args:
         width: factor on ResNet-18's channels.
-        epochs, samples, batch_size: passes of the dense run, patches in a pass, patches in a step.
+        epochs, samples, batch_size: passes of the dense run, patches in a pass, patches in a step. None: as many
+            passes as take two minutes, at most four.
         test_samples: patches that test.
         sparsity, activation_sparsity: as in :class:`swat_ext.SWATConfig`.
         seed: of weights, order and augmentation.
@@ -154,17 +156,22 @@ def compare(
         TypeError, ValueError, ModuleNotFoundError, Diverged: as the parts raise them.
     """
     for argument, count in (("epochs", epochs), ("samples", samples), ("test_samples", test_samples)):
-        check_count(argument, count)
+        if count is not None:
+            check_count(argument, count)
     kept = keep_freed_memory()
     config = SWATConfig(sparsity, activation_sparsity)
-    recipe = replace(RECIPES["small"].with_epochs(epochs), batch_size=batch_size)
+    recipe = replace(RECIPES["small"].with_epochs(epochs or EPOCHS), batch_size=batch_size)
     data = Textures(samples, test_samples)
     torch.manual_seed(seed)
     dense = resnet18(data.num_classes, in_channels=data.shape[0], width=width)
     swat = copy.deepcopy(dense)
     sparsify_(swat, config)
 
-    layout, ratio = _trial(dense, swat, data, recipe)
+    layout, step, ratio = _trial(dense, swat, data, recipe)
+    if epochs is None:
+        fitting = int(_DENSE_SECONDS / (step * data.train_steps(batch_size)))
+        epochs = min(max(fitting, 1), EPOCHS)
+        recipe = recipe.with_epochs(epochs)
     longer = recipe.with_epochs(max(1, int(epochs * ratio)))
     activations = config.sparsity if config.activation_sparsity is None else config.activation_sparsity
     name = f"SWAT {100 * config.sparsity:g}/{100 * activations:g}"
@@ -191,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--width", type=float, default=WIDTH, help="factor on the channels")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes of the dense run")
+    parser.add_argument("--epochs", type=int, help="passes of the dense run; None: two minutes of them, at most four")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="patches in a pass")
     parser.add_argument("--test-samples", type=int, default=TEST_SAMPLES, help="patches that test")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="patches in a step")

@@ -54,9 +54,18 @@ def test_both_runs_are_measured(result: Comparison) -> None:
 def test_the_sparse_run_has_the_epochs_that_fit_in_the_time(
     ratio: float, epochs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_trial", lambda *arguments: ("channels_last", ratio))
+    monkeypatch.setattr(demo, "_trial", lambda *arguments: ("channels_last", 1.0, ratio))
     found = demo.compare(**{**TINY, "epochs": 3})  # type: ignore[arg-type]
     assert (found.dense.epochs, found.swat.epochs) == (3, epochs)
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(1e-3, 4), (25.0, 2), (1e3, 1)])
+def test_the_dense_run_has_the_epochs_of_two_minutes(
+    seconds: float, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_trial", lambda *arguments: ("channels_last", seconds, 1.0))
+    found = demo.compare(**{**TINY, "epochs": None})  # type: ignore[arg-type]
+    assert (found.dense.epochs, found.swat.epochs) == (epochs, epochs)
 
 
 def test_the_trial_measures_every_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +83,7 @@ def test_the_trial_measures_every_network(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(demo, "_stepper", stepper)
     monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
-    assert demo._trial("dense", "swat", None, None) == ("channels_last", 4.0)  # type: ignore[arg-type]
+    assert demo._trial("dense", "swat", None, None) == ("channels_last", 2.0, 4.0)  # type: ignore[arg-type]
 
 
 def test_without_zeros_the_runs_start_the_same() -> None:
