@@ -69,7 +69,7 @@ void compress(const KernelTable& table, const Parallel& parallel, const PlanesVi
   // Ranges are cut here and not by the thread pool, so that each can be found again in order.
   const int64_t ranges = std::clamp<int64_t>(units / grain, 1, 2 * parallel.threads);
   parts.resize(ranges);
-  const int64_t step = together * std::max<int64_t>(1, kTaskElements / unit_elements);
+  const int64_t step = std::max<int64_t>(kernels.lanes, together * std::max<int64_t>(1, kTaskElements / unit_elements));
   parallel(planes == 0 ? 0 : ranges, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(kernels.compress_scratch(view));
     for (int64_t i = begin; i < end; ++i) {
