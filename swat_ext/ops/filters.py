@@ -19,28 +19,28 @@ __all__ = ["forward", "input_grad", "kept_filters"]
 _MULTIPLE = 8
 
 
-def kept_filters(values: Tensor, mask: Tensor, size: Sequence[int], geometry: Geometry | None) -> Tensor | None:
+def kept_filters(values: Tensor, mask: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor | None:
     """The output channels whose filters are kept, if each is kept or dropped as a whole: int64, ascending.
 
     Args:
         values, mask, size: of the packed weight ``[O, C, kh, kw]``.
-        geometry: of the convolution; None is a linear layer, which has no filters.
+        geometry: of the convolution.
 
     Returns:
         None where single weights are dropped, or one is not finite; for groups, where the filters left would not be
         equally many; for padding of more than half a kernel; and where to know would wait for a device or, in a
         compiled graph, is not possible.
     """
-    if geometry is None or geometry.groups > 1 or mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if geometry.groups > 1 or mask.device.type != "cpu" or torch.compiler.is_compiling():
         return None
+    kept, length = values.shape[0], size[1] * size[2] * size[3]
+    if not kept or kept % length:
+        return None  # the usual case
     spans = [geometry.dilation[axis] * (size[2 + axis] - 1) + 1 for axis in range(2)]
     if any(2 * padding > spans[side // 2] for side, padding in enumerate(geometry.padding)):
         return None  # PyTorch's kernels have crashed on padding that wide
     if values.dtype not in (torch.float32, torch.float64):
         return None  # of these PyTorch's kernels are slow but on few processors
-    kept, length = values.shape[0], size[1] * size[2] * size[3]
-    if not kept or kept % length:
-        return None
     filters = torch.ops.swat_ext.whole_filters(mask, size)
     # PyTorch's kernels do not multiply an infinite weight by the zeros around an image.
     return filters if len(filters) * length == kept and math.isfinite(values.sum().item()) else None
