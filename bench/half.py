@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from workers import Worker
 
+from swat_ext import profile_memory
+
 FORMS = ("float32", "bfloat16", "autocast")
 _PERIOD = 10  # steps from one selection of activations to the next; a sparse sample has as many
 
@@ -53,7 +55,7 @@ class _Autocast(nn.Module):
         return output.float()
 
 
-class Runner:
+class Runner(Trainee):
     """What the process of one run does."""
 
     def __init__(self, run: Run, batch: int, width: float, allocator: str) -> None:
@@ -65,28 +67,13 @@ class Runner:
             model = make_sparse(model, run.sparsity, run.batchnorm, _PERIOD)
         model = model.to(memory_format=torch.channels_last)
         data = [(images.to(dtype), labels) for images, labels in network.data(batch, "channels_last")]
-        self._trainee = Trainee(_Autocast(model, run.form == "autocast"), data)
-
-    def steps(self, count: int) -> None:
-        """So many training steps."""
-        for _ in range(count):
-            self._trainee.step()
-        self._trainee.check()
+        super().__init__(_Autocast(model, run.form == "autocast"), data)
 
     def held(self) -> int:
         """Bytes that autograd keeps of one step."""
-        parameters = {p.untyped_storage().data_ptr() for p in self._trainee.model.parameters()}
-        storages: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._trainee.step()
-        return sum(storages.values())
+        with profile_memory(self.model, dense=False) as profile:
+            self.step()
+        return profile.held_bytes
 
 
 def measure(

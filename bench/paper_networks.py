@@ -107,6 +107,12 @@ class Trainee:
         self.optimizer.zero_grad()
         self.loss = loss.detach()
 
+    def steps(self, count: int) -> None:
+        """So many steps, checked."""
+        for _ in range(count):
+            self.step()
+        self.check()
+
     def select_next(self) -> None:
         """Let every sparse layer select at its next forward."""
         for layer in self.layers:

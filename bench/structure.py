@@ -87,25 +87,17 @@ def measure(
 _PERIOD = 10  # steps from one selection of activations to the next; a sparse sample has as many
 
 
-class Runner:
-    """What the process of one network does; dense where ``granularity`` is the name of a layout."""
-
-    def __init__(self, granularity: str, sparsity: float, batch: int, width: float, allocator: str) -> None:
-        common.use_allocator(allocator)
-        network, layout = NETWORKS["resnet18"], "channels_last"
-        model = network.build(width=width)
-        if granularity in LAYOUTS:
-            layout = granularity
-            model = model.to(memory_format=LAYOUTS[layout])
-        else:
-            model = make_sparse(model, sparsity, "exact", _PERIOD, granularity)
-        self._trainee = Trainee(model, network.data(batch, layout))
-
-    def steps(self, count: int) -> None:
-        """So many training steps."""
-        for _ in range(count):
-            self._trainee.step()
-        self._trainee.check()
+def trainee(granularity: str, sparsity: float, batch: int, width: float, allocator: str) -> Trainee:
+    """The network of one process; dense where ``granularity`` is the name of a layout."""
+    common.use_allocator(allocator)
+    network, layout = NETWORKS["resnet18"], "channels_last"
+    model = network.build(width=width)
+    if granularity in LAYOUTS:
+        layout = granularity
+        model = model.to(memory_format=LAYOUTS[layout])
+    else:
+        model = make_sparse(model, sparsity, "exact", _PERIOD, granularity)
+    return Trainee(model, network.data(batch, layout))
 
 
 def measure_steps(
@@ -122,7 +114,7 @@ def measure_steps(
     with contextlib.ExitStack() as stack:
         calls = {}
         for name in (*LAYOUTS, *granularities):
-            worker = stack.enter_context(Worker(Runner, name, sparsity, batch, width, allocator))
+            worker = stack.enter_context(Worker(trainee, name, sparsity, batch, width, allocator))
             calls[name] = functools.partial(worker.call, "steps", 1 if name in LAYOUTS else _PERIOD)
         timings = common.interleaved(calls, rounds=rounds, progress=progress)
     dense = min(timings[layout].median for layout in LAYOUTS)
